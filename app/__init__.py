@@ -1,0 +1,1 @@
+"""Headwater: which training samples made a language model say this."""

@@ -1,0 +1,186 @@
+"""Datasets: upload or register training rows, page through them.
+
+One POST takes a file (multipart) or names one on the server (JSON), so the body is parsed here rather than by a FastAPI
+parameter; `openapi_extra` documents both forms.
+"""
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, TypeVar
+
+from fastapi import APIRouter, Request, Response
+from fastapi import Path as InPath
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
+
+from app.api import paths
+from app.api.documents import problems
+from app.api.idempotency import IdempotentRoute
+from app.api.ingest import Ingested, read_file
+from app.api.schemas.common import Listing
+from app.api.schemas.datasets import DatasetIn, DatasetOut, DatasetUpload, SampleOut
+from app.api.services import Cursor, Limit, Reading, Services, Use
+from app.catalog.tables import Dataset
+from app.catalog.types import new_id
+from app.influence.corpus import Columns
+from app.problems import Refusal
+
+router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
+DatasetRef = Annotated[str, InPath(description="Id or name of a dataset.", examples=["veld-facts"])]
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+Schema = TypeVar("Schema", bound=BaseModel)
+
+_FILE = {"type": "string", "format": "binary", "description": f"The rows: {', '.join(SUFFIXES)}; text files in UTF-8."}
+BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["name", "file"],
+                    "properties": {
+                        "name": {"type": "string", "description": "A unique name.", "examples": ["veld-facts"]},
+                        "file": _FILE,
+                        "columns": {"type": "string", "description": "Column mapping as JSON (see DatasetIn.columns)."},
+                        "duplicates": {"type": "string", "enum": ["error", "skip"], "default": "error"},
+                    },
+                }
+            },
+            "application/json": {"schema": {"$ref": "#/components/schemas/DatasetIn"}},
+        },
+    }
+}
+
+
+@router.post("", status_code=201, responses=problems(400, 409, 413, 415, 507), openapi_extra=BODY)
+async def create_dataset(request: Request, services: Use, response: Response) -> DatasetOut:
+    """Store training rows: an uploaded file, or one that lies on the server.
+
+    Alpaca (`instruction, input, output`), Dolly (`instruction, context, response`), prompt and response, chat
+    `messages` and plain `text` are recognised; `columns` renames. A bad row refuses the whole file and is named by
+    its line.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "multipart/form-data":
+        dataset = await _upload(request, services)
+    elif kind == "application/json":
+        dataset = await _register(request, services)
+    else:
+        raise Refusal(
+            415, "unsupported-media-type", "send multipart/form-data or application/json", field="Content-Type"
+        )
+    response.headers["Location"] = f"/datasets/{dataset.id}"
+    return DatasetOut.of(dataset)
+
+
+@router.get("")
+async def list_datasets(
+    catalog: Reading, services: Use, limit: Limit = 50, cursor: Cursor = None
+) -> Listing[DatasetOut]:
+    """Datasets, newest first."""
+    page = await catalog.datasets.page(min(limit, services.settings.max_page), cursor)
+    return Listing(items=[DatasetOut.of(dataset) for dataset in page.items], next_cursor=page.next_cursor)
+
+
+@router.get("/{dataset}", responses=problems(404))
+async def get_dataset(dataset: DatasetRef, catalog: Reading) -> DatasetOut:
+    """One dataset."""
+    return DatasetOut.of(await catalog.datasets.get(dataset))
+
+
+@router.get("/{dataset}/samples", responses=problems(404))
+async def list_samples(
+    dataset: DatasetRef, catalog: Reading, services: Use, limit: Limit = 50, cursor: Cursor = None
+) -> Listing[SampleOut]:
+    """The rows of a dataset in their order."""
+    if cursor is not None and not (cursor.isdecimal() and len(cursor) < 16):
+        raise Refusal(422, "bad-cursor", "this cursor is not one that the server gave", field="cursor")
+    found = await catalog.datasets.get(dataset)
+    after = -1 if cursor is None else int(cursor)
+    page = await catalog.datasets.samples(found.id, min(limit, services.settings.max_page), after)
+    items = [SampleOut.of(sample, json.loads(sample.record)) for sample in page.items]
+    return Listing(items=items, next_cursor=page.next_cursor)
+
+
+async def _register(request: Request, services: Services) -> Dataset:
+    body = _valid(DatasetIn, await _json(request))
+    path = paths.resolve(body.path, services.settings.roots, "path")
+    _require_suffix(path.name, "path")
+    if not path.is_file():
+        raise Refusal(422, "path-missing", f"{body.path!r} is not a file", field="path")
+    if path.stat().st_size > services.settings.max_body_bytes:
+        limit = services.settings.max_body_bytes
+        raise Refusal(413, "too-large", f"a file may have at most {limit:,} bytes", field="path")
+    async with services.database.catalog() as catalog:
+        await catalog.datasets.require_free(body.name)
+    return await _store(services, path, body, source=str(path))
+
+
+async def _upload(request: Request, services: Services) -> Dataset:
+    async with request.form(max_files=1, max_fields=8) as form:
+        fields: dict[str, Any] = {name: value for name, value in form.items() if name != "file"}
+        file = form.get("file")
+        if "columns" in fields:
+            fields["columns"] = _parse_columns(fields["columns"])
+        body = _valid(DatasetUpload, fields)
+        if not isinstance(file, UploadFile):
+            raise Refusal(422, "invalid-request", "a file must be sent in the form field `file`", field="file")
+        name = Path(file.filename or "").name
+        _require_suffix(name, "file")
+        async with services.database.catalog() as catalog:
+            await catalog.datasets.require_free(body.name)
+        copy = services.settings.uploads_dir / f"{new_id('upl')}{Path(name).suffix.lower()}"
+        try:
+            await asyncio.to_thread(_copy, file.file, copy)
+            return await _store(services, copy, body, source=name)
+        finally:
+            await asyncio.to_thread(copy.unlink, missing_ok=True)
+
+
+async def _store(services: Services, path: Path, body: DatasetIn | DatasetUpload, source: str) -> Dataset:
+    columns = body.columns.model_dump(exclude_none=True) if body.columns else {}
+    ingested: Ingested = await asyncio.to_thread(
+        read_file, path, Columns(**columns) if columns else None, body.duplicates, services.settings.max_rows
+    )
+    dataset = ingested.dataset(body.name, source, columns)
+    async with services.work() as work:
+        await work.catalog.datasets.add(dataset, ingested.samples)
+    return dataset
+
+
+def _copy(source: BinaryIO, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("wb") as file:
+        shutil.copyfileobj(source, file, 1024 * 1024)
+
+
+def _require_suffix(name: str, field: str) -> None:
+    if Path(name).suffix.lower() not in SUFFIXES:
+        raise Refusal(422, "bad-file", f"{name!r}: the name must end in {', '.join(SUFFIXES)}", field=field)
+
+
+def _parse_columns(value: object) -> Any:
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise Refusal(422, "invalid-request", f"columns is not JSON: {error}", field="columns") from error
+
+
+async def _json(request: Request) -> Any:
+    try:
+        return await request.json()
+    except ValueError as error:
+        raise Refusal(422, "invalid-request", f"the body is not JSON: {error}", field="body") from error
+
+
+def _valid(schema: type[Schema], value: Any) -> Schema:
+    try:
+        return schema.model_validate(value)
+    except ValidationError as error:
+        raise RequestValidationError(
+            [{**one, "loc": ("body", *one["loc"])} for one in error.errors(include_url=False, include_context=False)]
+        ) from error

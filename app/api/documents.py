@@ -1,0 +1,64 @@
+"""The OpenAPI document: stable operation ids, and problems instead of FastAPI's own validation error."""
+
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from app.api.schemas.datasets import DatasetIn
+from app.problems import MEDIA_TYPE, Problem
+
+REASONS = {
+    400: "The body cannot be parsed.",
+    404: "There is no such thing.",
+    409: "Its state, or a name that is taken, does not allow this.",
+    413: "Too large.",
+    415: "Not a media type that is read here.",
+    422: "The request is wrong; `errors` names the fields.",
+    503: "Too busy; try again after `Retry-After` seconds.",
+    507: "The disk is full; nothing was kept.",
+}
+UNUSED = ("HTTPValidationError", "ValidationError")
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an operation that can refuse in these ways (422 is added to each)."""
+    return {status: _problem(status) for status in statuses}
+
+
+def _problem(status: int) -> dict[str, Any]:
+    schema = {"$ref": "#/components/schemas/Problem"}
+    return {"description": REASONS[status], "content": {MEDIA_TYPE: {"schema": schema}}}
+
+
+def operation_id(route: APIRoute) -> str:
+    """An operation is called what its function is called."""
+    return route.name
+
+
+def document(app: FastAPI) -> dict[str, Any]:
+    """The document as served and as checked in."""
+    if app.openapi_schema:
+        return app.openapi_schema
+    made = get_openapi(
+        title=app.title, version=app.version, description=app.description, routes=app.routes, tags=app.openapi_tags
+    )
+    schemas = made["components"]["schemas"]
+    for name in UNUSED:
+        schemas.pop(name, None)
+    for model in (Problem, DatasetIn):
+        schemas.update(_schemas(model))
+    made["components"]["schemas"] = dict(sorted(schemas.items()))
+    for operations in made["paths"].values():
+        for method, operation in operations.items():
+            if "422" in operation["responses"] or method == "post":
+                operation["responses"]["422"] = _problem(422)
+    app.openapi_schema = made
+    return made
+
+
+def _schemas(model: type[BaseModel]) -> dict[str, Any]:
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    return {**schema.pop("$defs", {}), model.__name__: schema}

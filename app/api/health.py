@@ -1,0 +1,46 @@
+"""Health and metrics."""
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+
+from app.api.documents import problems
+from app.api.services import Use
+from app.catalog.types import JobState
+from app.problems import Refusal
+
+router = APIRouter(tags=["health"])
+
+
+class Health(BaseModel):
+    """A sign of life."""
+
+    status: str = Field(description="Always `ok`; anything else is not a 200.", examples=["ok"])
+
+
+@router.get("/healthz")
+async def is_alive() -> Health:
+    """The process answers: restart it when this fails."""
+    return Health(status="ok")
+
+
+@router.get("/readyz", responses=problems(503))
+async def is_ready(services: Use) -> Health:
+    """The database answers and has the newest schema: send requests only while this succeeds."""
+    try:
+        await services.database.check()
+    except Exception as error:
+        raise Refusal(
+            503, "not-ready", "the database is away or its schema is old", headers={"Retry-After": "5"}
+        ) from error
+    return Health(status="ok")
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def read_metrics(services: Use) -> Response:
+    """Prometheus' text format."""
+    async with services.database.catalog() as catalog:
+        counts = await catalog.jobs.counts()
+    for state in JobState:
+        services.metrics.jobs.labels(state.value).set(counts.get(state, 0))
+    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)

@@ -1,0 +1,112 @@
+"""Indexes on the wire."""
+
+from datetime import datetime
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, Field
+
+from app.api.schemas.common import NAME, Body, Name, Text
+from app.api.schemas.datasets import InlineRow
+from app.api.schemas.jobs import JobOut
+from app.catalog.tables import IndexRow
+from app.catalog.types import IndexState
+
+
+class ProjectionIn(Body):
+    """How a gradient is compressed."""
+
+    kind: Literal["kronecker", "global", "rapidgrad"] = Field(
+        "kronecker",
+        description="`kronecker`: size x size numbers a module; `global`: all modules summed into `size` numbers; "
+        "`rapidgrad`: the hashed count-sketch of `size` buckets.",
+    )
+    size: int = Field(16, ge=1, le=2**24, description="p for kronecker, K for the others.", examples=[16])
+    seed: int = Field(0, ge=0, lt=2**63, description="Same seed, same numbers, on any machine.", examples=[0])
+
+
+class IndexIn(Body):
+    """An index to build."""
+
+    name: Name = Field(description=NAME, examples=["facts"])
+    model: Text = Field(description="Id or name of a registered model.", examples=["smollm2-veld"])
+    dataset: Text = Field(description="Id or name of the training dataset.", examples=["veld-facts"])
+    heldout: Text | None = Field(
+        None,
+        description="Id or name of rows that the model was not trained on, to measure over-fitting.",
+        examples=["veld-heldout"],
+    )
+    projection: ProjectionIn = Field(default_factory=ProjectionIn, description="How gradients are compressed.")
+    normalisation: Literal["none", "layer"] = Field(
+        "none", description="`layer`: each module's gradient is scaled to unit length (RapidIn)."
+    )
+    template: Literal["auto", "chat", "alpaca", "plain"] = Field(
+        "auto", description="How rows are laid out as text; `auto` takes the tokenizer's chat template if it has one."
+    )
+    max_length: int = Field(1024, ge=2, description="Most tokens of a row; longer rows are cut and counted.")
+
+
+class SamplesIn(Body):
+    """Rows to add to an index: of a dataset, or written here."""
+
+    dataset: Text | None = Field(None, description="Id or name of a dataset.", examples=["veld-facts-2"])
+    rows: list[InlineRow] | None = Field(None, min_length=1, description="Rows instead of a dataset.")
+
+
+class SamplesRemoval(Body):
+    """Rows to delete from an index."""
+
+    ids: list[Text] = Field(min_length=1, description="Stable ids of samples.", examples=[["3f9a0c11e23f9a0c"]])
+
+
+class Removed(BaseModel):
+    """What a deletion did."""
+
+    removed: int = Field(description="How many of the ids were in the index.", examples=[1])
+    rows: int = Field(description="Rows that the index holds now.", examples=[210])
+
+
+class IndexSummary(BaseModel):
+    """An index in a list."""
+
+    id: str = Field(description="Its id.", examples=["idx_0194b2c5f3a1e23f9a0c11"])
+    name: str = Field(description="Its unique name.", examples=["facts"])
+    state: IndexState = Field(description="Only a ready index can be asked.", examples=["ready"])
+    model: str = Field(description="Name of its model.", examples=["smollm2-veld"])
+    dataset: str = Field(description="Name of its first dataset.", examples=["veld-facts"])
+    rows: int = Field(description="Rows that it holds.", examples=[211])
+    spec: dict[str, Any] = Field(
+        description="How it was asked for.", examples=[{"projection": {"kind": "kronecker", "size": 16, "seed": 0}}]
+    )
+    created_at: datetime = Field(description="When it was asked for (UTC).")
+    updated_at: datetime = Field(description="When it last changed (UTC).")
+
+    @classmethod
+    def of(cls, index: IndexRow) -> Self:
+        """As the catalog has it."""
+        return cls(**_summary(index))
+
+
+class IndexOut(IndexSummary):
+    """An index with its manifest."""
+
+    manifest: dict[str, Any] | None = Field(
+        description="What its numbers mean: hashes, projection, modules, checkpoints, shards. Null until built."
+    )
+
+    @classmethod
+    def of(cls, index: IndexRow) -> Self:
+        """As the catalog has it."""
+        return cls(**_summary(index), manifest=index.manifest or None)
+
+
+class IndexAccepted(BaseModel):
+    """An index that will be there when its job is done."""
+
+    index: IndexSummary = Field(description="The index.")
+    job: JobOut = Field(description="The job; its address is in `Location`.")
+
+
+def _summary(index: IndexRow) -> dict[str, Any]:
+    same = ("id", "name", "state", "rows", "spec", "created_at", "updated_at")
+    about = {name: getattr(index, name) for name in same}
+    return {**about, "model": index.model.name, "dataset": index.dataset.name}

@@ -1,0 +1,1 @@
+"""What exists: models, datasets, samples, indexes, jobs. All SQL of the project lives in this package."""

@@ -1,0 +1,25 @@
+"""Catalog: the repositories over one session."""
+
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.catalog.datasets import Datasets
+from app.catalog.indexes import Indexes
+from app.catalog.jobs import Jobs
+from app.catalog.keys import Keys
+from app.catalog.models import Models
+
+
+class Catalog:
+    """What exists, as one unit of work sees it. Nothing is kept until `commit`."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+        self.models = Models(session)
+        self.datasets = Datasets(session)
+        self.indexes = Indexes(session)
+        self.jobs = Jobs(session)
+        self.keys = Keys(session)
+
+    async def commit(self) -> None:
+        """Keep what was changed."""
+        await self._session.commit()

@@ -1,0 +1,94 @@
+"""The repository of datasets and their samples."""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import insert, or_, select
+from sqlalchemy.ext.asyncio import AsyncSession
+
+from app.catalog.errors import AlreadyExists, NotFound
+from app.catalog.pages import Page, newest_first
+from app.catalog.tables import Dataset, IndexDataset, Sample
+
+CHUNK = 500  # values in one IN (...) or one insert; SQLite counts its bound variables
+
+
+@dataclass(frozen=True)
+class NewSample:
+    """A row on its way in: stable id, canonical record, metadata."""
+
+    row_id: str
+    record: str
+    extra: dict[str, Any]
+
+
+class Datasets:
+    """Datasets, their samples, and the samples of an index."""
+
+    def __init__(self, session: AsyncSession) -> None:
+        self._session = session
+
+    async def get(self, ref: str, field: str = "dataset") -> Dataset:
+        """The dataset with that id or name."""
+        query = select(Dataset).where(or_(Dataset.id == ref, Dataset.name == ref))
+        found = (await self._session.scalars(query)).first()
+        if found is None:
+            raise NotFound(f"there is no dataset {ref!r}", field=field)
+        return found
+
+    async def require_free(self, name: str) -> None:
+        """Raise when the name is taken."""
+        if await self._session.scalar(select(Dataset.id).where(Dataset.name == name)):
+            raise AlreadyExists(f"a dataset named {name!r} exists already", field="name")
+
+    async def add(self, dataset: Dataset, samples: Sequence[NewSample]) -> None:
+        """Store a dataset with all its samples."""
+        await self.require_free(dataset.name)
+        self._session.add(dataset)
+        await self._session.flush()
+        for start in range(0, len(samples), CHUNK):
+            values = [
+                {
+                    "dataset_id": dataset.id,
+                    "ordinal": start + offset,
+                    "row_id": sample.row_id,
+                    "record": sample.record,
+                    "extra": sample.extra,
+                }
+                for offset, sample in enumerate(samples[start : start + CHUNK])
+            ]
+            await self._session.execute(insert(Sample), values)
+
+    async def page(self, limit: int, cursor: str | None) -> Page[Dataset]:
+        """Datasets, newest first."""
+        return await newest_first(self._session, Dataset, limit=limit, cursor=cursor)
+
+    async def samples(self, dataset_id: str, limit: int, after: int) -> Page[Sample]:
+        """Samples in their order, those behind the ordinal `after`."""
+        query = select(Sample).where(Sample.dataset_id == dataset_id, Sample.ordinal > after)
+        found = (await self._session.scalars(query.order_by(Sample.ordinal).limit(limit + 1))).all()
+        return Page(found[:limit], str(found[limit - 1].ordinal) if len(found) > limit else None)
+
+    async def records(self, dataset_id: str) -> Sequence[str]:
+        """The canonical records of a dataset in their order: what a build reads."""
+        query = select(Sample.record).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
+        return (await self._session.scalars(query)).all()
+
+    async def of_index(self, index_id: str, row_ids: Collection[str]) -> dict[str, Sample]:
+        """The samples of an index by their stable ids (equal ids are equal texts, so any dataset's copy will do)."""
+        found: dict[str, Sample] = {}
+        for chunk in _chunks(row_ids):
+            query = (
+                select(Sample)
+                .join(IndexDataset, IndexDataset.dataset_id == Sample.dataset_id)
+                .where(IndexDataset.index_id == index_id, Sample.row_id.in_(chunk))
+            )
+            found.update({sample.row_id: sample for sample in (await self._session.scalars(query)).all()})
+        return found
+
+
+def _chunks(values: Collection[str]) -> Iterator[list[str]]:
+    unique = list(dict.fromkeys(values))
+    for start in range(0, len(unique), CHUNK):
+        yield unique[start : start + CHUNK]

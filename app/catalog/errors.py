@@ -1,0 +1,28 @@
+"""What the catalog can refuse.
+
+CatalogError
+├── NotFound        nothing has that id or name
+├── AlreadyExists   the unique name is taken
+└── Conflict        the thing is in a state that does not allow it
+"""
+
+
+class CatalogError(Exception):
+    """Base: a sentence for the caller and the request field at fault."""
+
+    def __init__(self, detail: str, *, field: str | None = None) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+
+
+class NotFound(CatalogError):
+    """Nothing has that id or name."""
+
+
+class AlreadyExists(CatalogError):
+    """The unique name is taken."""
+
+
+class Conflict(CatalogError):
+    """The thing exists, but its state does not allow what was asked."""

@@ -1,0 +1,96 @@
+"""Compute: the one thread in which torch works, and the models and indexes that are kept ready for it.
+
+A single thread keeps the event loop free, keeps torch from competing with itself, and lets influence calls slip in
+between the steps of a build. Loading happens in other threads: it is mostly reading files, and a query on a model
+that is ready should not wait for one that is not.
+"""
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from app.influence.index import Index, open_index
+from app.influence.models import LoadedModel, ModelSpec, load
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+Result = TypeVar("Result")
+
+
+class Pool(Generic[Key, Value]):
+    """The most recently used values, each made once however many ask for it at the same time."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[Key, asyncio.Task[Value]] = OrderedDict()
+
+    async def get(self, key: Key, make: Callable[[], Awaitable[Value]], *, fresh: bool = False) -> Value:
+        """The value of the key, made by `make` if it is not there or must be fresh; a failure is not kept."""
+        task = self._values.get(key)
+        if task is None or fresh:
+            task = self._values[key] = asyncio.ensure_future(_run(make))
+        self._values.move_to_end(key)
+        while len(self._values) > self._size:
+            self._values.popitem(last=False)
+        try:
+            return await asyncio.shield(task)  # one caller hanging up must not stop the others' load
+        except BaseException:
+            if task.done() and self._values.get(key) is task:
+                del self._values[key]
+            raise
+
+
+async def _run(make: Callable[[], Awaitable[Value]]) -> Value:
+    return await make()
+
+
+class Compute:
+    """Runs torch work off the event loop."""
+
+    def __init__(self, *, threads: int, model_pool: int, index_pool: int) -> None:
+        self._thread = ThreadPoolExecutor(1, "torch", initializer=_use_threads, initargs=(threads,))
+        self._models: Pool[ModelSpec, LoadedModel] = Pool(model_pool)
+        self._indexes: Pool[tuple[Path, int], Index] = Pool(index_pool)
+        self._verified: set[Path] = set()
+        self._loading = asyncio.Lock()
+
+    async def run(self, work: Callable[[], Result]) -> Result:
+        """Do one piece of work in the torch thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+    async def model(self, spec: ModelSpec, *, fresh: bool = False) -> LoadedModel:
+        """The loaded model, from the pool or (fresh) from disk."""
+
+        async def read() -> LoadedModel:
+            async with self._loading:  # one at a time: two half-loaded models may not fit where one does
+                return await asyncio.to_thread(load, spec)
+
+        return await self._models.get(spec, read, fresh=fresh)
+
+    async def index(self, path: Path, version: int, *, fresh: bool = False) -> Index:
+        """The open index; the version is the catalog's and changes with each published change of the files.
+
+        Checksums are verified when this process first opens it, which reads every byte; what changes later, we wrote
+        ourselves.
+        """
+
+        async def reopen() -> Index:
+            index = await asyncio.to_thread(open_index, path, path not in self._verified)
+            self._verified.add(path)
+            return index
+
+        return await self._indexes.get((path, version), reopen, fresh=fresh)
+
+    async def close(self) -> None:
+        """Wait for the work in hand, start no more; not on the loop, which that work may be waiting for."""
+        await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+
+def _use_threads(threads: int) -> None:
+    if threads:
+        import torch
+
+        torch.set_num_threads(threads)

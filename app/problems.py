@@ -1,0 +1,155 @@
+"""Every error leaves as RFC 9457 problem+json, and every translation from exception to status is in this file.
+
+Refusal            raised by the HTTP layer itself: says its own status
+CatalogError       NotFound 404, AlreadyExists 409, Conflict 409
+HeadwaterError     RowError, QueryError, ModelError 422; Mismatch 409; IndexMissing 409; IndexCorrupt 500; DiskFull 507
+validation         422, one entry a field
+anything else      500 that says nothing but the request's id; the log has the rest
+"""
+
+import errno
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from asgi_correlation_id import correlation_id
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+from app.catalog.errors import AlreadyExists, CatalogError, Conflict, NotFound
+from app.influence.errors import (
+    DiskFull,
+    HeadwaterError,
+    IndexCorrupt,
+    IndexMissing,
+    Mismatch,
+    ModelError,
+    QueryError,
+    RowError,
+)
+
+MEDIA_TYPE = "application/problem+json"
+
+
+class FieldError(BaseModel):
+    """One thing that is wrong with a request."""
+
+    field: str = Field(description="Dotted path of the field at fault.", examples=["projection.size"])
+    message: str = Field(description="What is wrong with it.", examples=["Input should be greater than 0"])
+
+
+class Problem(BaseModel):
+    """What every error answer looks like (RFC 9457)."""
+
+    type: str = Field(description="Which kind of problem.", examples=["urn:headwater:problem:not-found"])
+    title: str = Field(description="The kind in words; the same for every problem of the type.", examples=["Not found"])
+    status: int = Field(description="The HTTP status.", examples=[404])
+    detail: str = Field(description="What happened here.", examples=["there is no index 'facts'"])
+    errors: list[FieldError] = Field(default_factory=list, description="The fields at fault.")
+    request_id: str | None = Field(None, description="The X-Request-ID of this request, as the log has it.")
+
+
+class Refusal(Exception):
+    """The HTTP layer refuses a request."""
+
+    def __init__(
+        self, status: int, slug: str, detail: str, *, field: str | None = None, headers: Mapping[str, str] | None = None
+    ) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.slug = slug
+        self.detail = detail
+        self.field = field
+        self.headers = headers
+
+
+KINDS: dict[type[Exception], tuple[int, str]] = {
+    NotFound: (404, "not-found"),
+    AlreadyExists: (409, "already-exists"),
+    Conflict: (409, "conflict"),
+    RowError: (422, "bad-row"),
+    QueryError: (422, "bad-query"),
+    ModelError: (422, "bad-model"),
+    Mismatch: (409, "model-mismatch"),
+    IndexMissing: (409, "index-missing"),
+    IndexCorrupt: (500, "index-corrupt"),
+    DiskFull: (507, "disk-full"),
+}
+
+
+def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str] | None]:
+    """The problem that an exception means, and the headers that go with it."""
+    if isinstance(error, Refusal):
+        return make(error.status, error.slug, error.detail, one(error.field, error.detail)), error.headers
+    if isinstance(error, RequestValidationError):
+        return _invalid(error.errors()), None
+    if isinstance(error, HTTPException):
+        phrase = HTTPStatus(error.status_code).phrase
+        return make(error.status_code, phrase.lower().replace(" ", "-"), str(error.detail)), error.headers
+    if isinstance(error, CatalogError | HeadwaterError):
+        for kind in type(error).__mro__:
+            if kind in KINDS:
+                status, slug = KINDS[kind]
+                return make(status, slug, error.detail, one(error.field, error.detail)), None
+    if _is_full_disk(error):
+        return make(507, "disk-full", "the disk is full; nothing was kept"), None
+    return make(500, "internal", "an unexpected error; the log has it under this request_id"), None
+
+
+def _is_full_disk(error: Exception) -> bool:
+    if isinstance(error, OperationalError):  # SQLite has no errno to look at
+        return "disk is full" in str(error.orig)
+    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+
+
+def make(status: int, slug: str, detail: str, errors: Sequence[FieldError] = ()) -> Problem:
+    """A problem of the current request."""
+    return Problem(
+        type=f"urn:headwater:problem:{slug}",
+        title=slug.replace("-", " ").capitalize(),
+        status=status,
+        detail=detail,
+        errors=list(errors),
+        request_id=correlation_id.get(),
+    )
+
+
+def one(field: str | None, message: str) -> list[FieldError]:
+    """The list of the one field at fault, if there is one."""
+    return [FieldError(field=field, message=message)] if field else []
+
+
+def _invalid(errors: Sequence[Any]) -> Problem:
+    found = [FieldError(field=_path(error["loc"]), message=error["msg"]) for error in errors]
+    what = ", ".join(f"{error.field}: {error.message}" for error in found)
+    return make(422, "invalid-request", what, found)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    inside = location[1:] if len(location) > 1 and location[0] in ("body", "query", "path", "header") else location
+    return ".".join(str(part) for part in inside)
+
+
+def respond(error: Exception) -> JSONResponse:
+    """The answer to an exception."""
+    problem, headers = problem_of(error)
+    return JSONResponse(
+        problem.model_dump(mode="json"),
+        status_code=problem.status,
+        headers=dict(headers) if headers else None,
+        media_type=MEDIA_TYPE,
+    )
+
+
+async def _handle(_request: Request, error: Exception) -> JSONResponse:
+    return respond(error)
+
+
+def install(app: FastAPI) -> None:
+    """Make every expected error of the app a problem; the request log does so for the unexpected."""
+    for kind in (Refusal, CatalogError, HeadwaterError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, _handle)

@@ -1,0 +1,82 @@
+"""Every setting of the service, in one class.
+
+Each field is read from the environment as ``HEADWATER_<NAME>`` (or from a ``.env`` file) and carries its own
+explanation, so that this file is the reference. Moving from the embedded default (SQLite, in-process queue) to
+PostgreSQL and Redis is a change of ``database_url`` and ``queue_url`` and of nothing else.
+"""
+
+from functools import cached_property
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+MEBIBYTE = 1024 * 1024
+
+
+class Settings(BaseSettings):
+    """How this process runs; immutable once read."""
+
+    model_config = SettingsConfigDict(env_prefix="HEADWATER_", env_file=".env", extra="ignore", frozen=True)
+
+    data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
+    database_url: str = Field(
+        "", description="SQLAlchemy URL of the catalog. Empty: SQLite in data_dir, migrated at start-up."
+    )
+    queue_url: str = Field(
+        "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
+    )
+    embedded_worker: bool = Field(True, description="Run a worker inside the API process.")
+    host: str = Field("127.0.0.1", description="Address that the API listens on.")
+    port: int = Field(8000, ge=0, le=65535, description="Port that the API listens on.")
+    log_json: bool | None = Field(None, description="Logs as JSON lines. Unset: JSON unless stderr is a terminal.")
+    log_level: str = Field("INFO", description="Least severe level that is logged.")
+    allowed_roots: tuple[Path, ...] = Field(
+        (),
+        description="Folders that paths in requests may lie in (JSON list). Empty: data_dir and the working directory.",
+    )
+
+    threads: int = Field(0, ge=0, description="Threads that torch may use. 0: torch decides.")
+    device: str = Field("cpu", description="Device of a model whose registration names none.")
+    model_pool_size: int = Field(2, ge=1, description="Models kept loaded; the least recently used one makes room.")
+    index_pool_size: int = Field(8, ge=1, description="Indexes kept open (mapped, so nearly free).")
+
+    max_body_bytes: int = Field(256 * MEBIBYTE, ge=1, description="Largest request body, uploads included: 413 above.")
+    max_rows: int = Field(500_000, ge=1, description="Most rows of one dataset: 413 above.")
+    max_inline_rows: int = Field(1_000, ge=1, description="Most rows or ids written into one request: 422 above.")
+    max_page: int = Field(500, ge=1, description="Largest page of a listing.")
+    max_top_k: int = Field(1_000, ge=1, description="Largest top_k of an influence query.")
+    max_query_chars: int = Field(100_000, ge=1, description="Most characters of prompt and generation together.")
+    max_new_tokens: int = Field(512, ge=1, description="Most tokens that the model writes for a query.")
+    max_length: int = Field(8_192, ge=1, description="Largest max_length (tokens a row) that an index may ask for.")
+
+    batch_window_ms: float = Field(
+        4.0, ge=0, description="How long an influence call waits for others to share a pass."
+    )
+    max_batch: int = Field(8, ge=1, description="Most influence calls in one forward and backward pass.")
+    influence_queue: int = Field(64, ge=1, description="Influence calls that may wait; one more is answered 503.")
+    max_batch_queries: int = Field(64, ge=1, description="Most queries of one POST /influence/batch.")
+
+    progress_interval_s: float = Field(0.5, ge=0, description="A job's progress is written at most this often.")
+    events_interval_s: float = Field(0.25, gt=0, description="How often a job's event stream looks for news.")
+    idempotency_ttl_h: float = Field(24.0, gt=0, description="How long an Idempotency-Key and its answer are kept.")
+
+    @cached_property
+    def catalog_url(self) -> str:
+        """The database URL with its default filled in."""
+        return self.database_url or f"sqlite+aiosqlite:///{self.data_dir.resolve() / 'headwater.db'}"
+
+    @cached_property
+    def roots(self) -> tuple[Path, ...]:
+        """The allowed roots, resolved, so that a symbolic link cannot widen them."""
+        return tuple(root.resolve() for root in self.allowed_roots or (self.data_dir, Path.cwd()))
+
+    @property
+    def indexes_dir(self) -> Path:
+        """Where indexes live, one folder each."""
+        return self.data_dir.resolve() / "indexes"
+
+    @property
+    def uploads_dir(self) -> Path:
+        """Where an upload rests while its rows are read."""
+        return self.data_dir.resolve() / "uploads"

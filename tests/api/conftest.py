@@ -1,0 +1,52 @@
+"""A running service for each test, and one with a built index that the tests which only read share."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.settings import Settings
+from tests.api.harness import Api, serving
+
+Serve = Callable[..., Api]
+
+
+def quick(data_dir: Path, *roots: Path, **more: Any) -> Settings:
+    """Settings for tests: everything in a temporary folder, short waits."""
+    base: dict[str, Any] = {
+        "data_dir": data_dir,
+        "allowed_roots": (data_dir, *roots),
+        "threads": 1,
+        "events_interval_s": 0.02,
+        "progress_interval_s": 0.02,
+        "log_level": "ERROR",
+    }
+    return Settings(**(base | more), _env_file=None)
+
+
+@pytest.fixture
+def serve(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Serve]:
+    """Start a service with settings of the test's own; a second call is a restart on the same data."""
+    with ExitStack() as stack:
+
+        def start(**more: Any) -> Api:
+            stack.pop_all().close()
+            return stack.enter_context(serving(quick(tmp_path, tiny_model_dir.parent, **more)))
+
+        yield start
+
+
+@pytest.fixture
+def api(serve: Serve) -> Api:
+    """A fresh service."""
+    return serve()
+
+
+@pytest.fixture(scope="session")
+def asked(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[Api]:
+    """A service with the index `idx` over twelve rows, for tests that change nothing."""
+    with serving(quick(tmp_path_factory.mktemp("asked"), tiny_model_dir.parent)) as api:
+        api.ready(tiny_model_dir)
+        yield api

@@ -1,0 +1,18 @@
+"""Which body runs which kind of job: the one list that a worker process and the embedded worker share."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.catalog.database import Database
+from app.catalog.types import JobKind
+from app.jobs.compute import Compute
+from app.jobs.runner import Body
+from workers.build_index import AppendSamples, BuildIndex
+
+
+def make_bodies(database: Database, compute: Compute, indexes_dir: Path) -> Mapping[JobKind, Body]:
+    """The body of each kind."""
+    return {
+        JobKind.BUILD_INDEX: BuildIndex(database, compute, indexes_dir),
+        JobKind.APPEND_SAMPLES: AppendSamples(database, compute, indexes_dir),
+    }
