@@ -68,12 +68,8 @@ class Mismatch(HeadwaterError):
     `differs` maps each hash that differs to (the index's, the model's).
     """
 
-    def __init__(self, differs: dict[str, tuple[str, str]]) -> None:
-        names = ", ".join(sorted(differs))
-        super().__init__(
-            f"the index was built from another model: {names} differ; rebuild the index or register the model that it was built from",
-            field="model",
-        )
+    def __init__(self, detail: str, *, field: str | None = "model", differs: dict[str, tuple[str, str]]) -> None:
+        super().__init__(detail, field=field)
         self.differs = differs
 
 

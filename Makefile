@@ -1,0 +1,69 @@
+# `make` alone lists the targets. Each does everything that it needs: from a fresh clone, `make demo` is one command.
+
+PYTHON ?= python3
+VENV   ?= .venv
+EXTRAS ?= cpu,dev
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.set-up
+
+# Nothing is ever fetched from a model hub, and tokenizers start no threads of their own beside torch's.
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo serve test lint format typecheck openapi openapi-check check bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\n  PYTHON=python3.12 make setup      another interpreter (3.11 or newer)\n'
+	@printf '  EXTRAS=gpu,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
+
+setup: $(STAMP) ## make .venv with the pinned versions (once; again when pyproject.toml or constraints.txt change)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"Headwater needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Name another one: make setup PYTHON=python3.12")'
+	@echo 'setting up $(VENV): a few minutes, once'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: $(STAMP) ## the main job on a small real model, from nothing to two answers; leaves the service up (Ctrl-C ends it)
+	$(BIN)/headwater demo $(ARGS)
+
+serve: $(STAMP) ## serve the API on HEADWATER_PORT (8000)
+	$(BIN)/headwater serve $(ARGS)
+
+test: export OMP_NUM_THREADS = 1
+test: $(STAMP) ## run the tests (ARGS='-k name' for some of them)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(STAMP) ## ruff's rules and format, and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## let ruff repair and format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+typecheck: $(STAMP) ## mypy --strict on app/ and workers/
+	$(BIN)/mypy
+
+openapi: $(STAMP) ## write openapi/openapi.json, the document as served
+	$(BIN)/headwater openapi --write
+
+openapi-check: $(STAMP) ## fail when openapi/openapi.json is not the document that is served
+	$(BIN)/headwater openapi --check
+
+check: lint typecheck openapi-check test ## all that CI runs
+
+bench: $(STAMP) ## run the benchmarks and print their tables (long; docs/results.md says which is which)
+	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
+	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new
+	@mv constraints.new constraints.txt && touch $(STAMP)
+
+clean: ## remove .venv and every cache; what the demo and the service keep (.headwater, data) stays
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

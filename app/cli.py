@@ -1,0 +1,206 @@
+"""The command line: `headwater serve | demo | settings | openapi`."""
+
+import os
+import re
+import signal
+import threading
+from importlib.metadata import version as version_of
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from app.demo import Demo, DemoError, require_free_port
+from app.settings import Settings
+
+ABOUT = """Which training samples led this language model to say this?
+
+Headwater keeps a compressed gradient of every training sample in a FAISS index, turns a generation into gradients of
+its own, and answers with the samples that pushed the model towards it.
+
+New here? `headwater demo` does the whole job on a small real model and leaves the service up to play with.
+"""
+
+app = typer.Typer(
+    name="headwater",
+    help=ABOUT,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+errors = Console(stderr=True)
+
+
+def _default(setting: str) -> str:
+    """The default as the settings have it; the option itself is unset, so that the environment counts."""
+    return str(Settings.model_fields[setting].default)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False) -> None:
+    if version:
+        typer.echo(f"headwater {version_of('headwater')}")
+        raise typer.Exit
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=_default("host"))] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.", show_default=_default("port"))] = None,
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="Where the database, indexes and uploads live.", show_default=_default("data_dir")),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))
+    ] = None,
+    end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
+) -> None:
+    """Serve the API, with a worker in the same process.
+
+    What is not given here comes from `HEADWATER_*` in the environment or a `.env` file: `headwater settings` lists all
+    of it. The Swagger UI is at `/docs`.
+
+    **Examples**
+
+    - `headwater serve`
+
+    - `headwater serve --port 9000 --data-dir /srv/headwater`
+    """
+    given = {"host": host, "port": port, "data_dir": data_dir, "threads": threads, "log_level": log_level}
+    settings = _settings(**{name: value for name, value in given.items() if value is not None})
+
+    try:
+        require_free_port(settings.host, settings.port)
+    except DemoError as error:
+        _fail(str(error))
+    if end_with_stdin:
+        threading.Thread(target=_end_with_stdin, daemon=True).start()
+    import uvicorn
+
+    from app.main import create_app  # here, since it brings torch: the other commands answer at once
+
+    uvicorn.run(
+        create_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
+    )
+
+
+@app.command()
+def demo(
+    leave: Annotated[bool, typer.Option("--exit", help="End after the answers instead of leaving it up.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the demo's service.")] = 8321,
+    data_dir: Annotated[Path, typer.Option(help="Where everything is kept for the next run.")] = Path(".headwater"),
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch.")] = 2,
+) -> None:
+    """Do the whole job on a small real model, and leave the service up.
+
+    Fetches SmolLM2-135M-Instruct (93 MB, once), starts the service, registers two checkpoints of a run and the corpus
+    that they were trained on, builds the index, asks about one fact and one planted answer, and prints the training
+    rows behind both. A second run finds all of it again.
+
+    **Examples**
+
+    - `headwater demo`
+
+    - `headwater demo --exit` (answers, then ends: for scripts)
+
+    - `headwater demo --port 9000 --threads 8`
+    """
+    try:
+        Demo(data_dir=data_dir.resolve(), console=Console(highlight=False), port=port, threads=threads).run(
+            stay=not leave
+        )
+    except DemoError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        errors.print("\nStopped; everything is kept for the next run.")
+        raise typer.Exit(0 if not leave else 130) from None
+
+
+@app.command("settings")
+def show_settings() -> None:
+    """Print every setting: its name in the environment, its value now, what it does.
+
+    A value that is not the default is bold. Passwords in addresses are not shown.
+
+    **Example**
+
+    - `HEADWATER_PORT=9000 headwater settings`
+    """
+    settings = _settings()
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("variable", no_wrap=True)
+    table.add_column("value", overflow="fold")
+    table.add_column("what it does", overflow="fold")
+    for name, field in Settings.model_fields.items():
+        value = getattr(settings, name)
+        style = "" if value == field.default else "bold"
+        table.add_row(f"HEADWATER_{name.upper()}", Text(_plain(value), style), field.description)
+    Console().print(table)
+
+
+@app.command()
+def openapi(
+    write: Annotated[bool, typer.Option("--write", help="Write openapi/openapi.json instead of printing.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Fail when openapi/openapi.json has drifted.")] = False,
+) -> None:
+    """Print the OpenAPI document as served; write it, or check the copy that is checked in."""
+    from app.openapi import TARGET, render
+
+    text = render()
+    if check:
+        if not TARGET.exists() or TARGET.read_text(encoding="utf-8") != text:
+            _fail("openapi/openapi.json is not the document that is served: run `make openapi` and commit it")
+        typer.echo("openapi/openapi.json is the document that is served")
+    elif write:
+        TARGET.parent.mkdir(exist_ok=True)
+        TARGET.write_text(text, encoding="utf-8")
+        typer.echo("wrote openapi/openapi.json")
+    else:
+        typer.echo(text, nl=False)
+
+
+def _end_with_stdin() -> None:
+    """Whoever started us holds the other end: not even a SIGKILL of the demo leaves its service behind."""
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _settings(**given: Any) -> Settings:
+    try:
+        return Settings(**given)
+    except ValidationError as error:
+        lines = [f"HEADWATER_{str(one['loc'][0]).upper()}: {one['msg']}" for one in error.errors() if one["loc"]]
+        _fail("\n".join(lines) or str(error))
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "(none)"
+    if value is None:
+        return "(unset)"
+    return re.sub(r"(?<=://)([^:/@\s]*):[^@\s]*@", r"\1:***@", str(value)) or '""'
+
+
+def _fail(message: str) -> NoReturn:
+    errors.print("[bold red]error:[/bold red]", end=" ")
+    errors.print(message, highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(1)
+
+
+def main() -> None:
+    """Entry point of the `headwater` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

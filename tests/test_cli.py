@@ -1,0 +1,72 @@
+"""The command line teaches, and fails in sentences."""
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from app.cli import app
+from app.settings import Settings
+
+COMMANDS = ("serve", "demo", "settings", "openapi")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CliRunner:
+    monkeypatch.chdir(tmp_path)  # away from a .env file
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"HEADWATER_{name.upper()}", raising=False)
+    return CliRunner(env={"COLUMNS": "200", "NO_COLOR": "1"})
+
+
+def test_help_names_every_command(run: CliRunner) -> None:
+    text = run.invoke(app, ["--help"]).output
+    assert all(command in text for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_has_an_example(run: CliRunner, command: str) -> None:
+    assert f"headwater {command}" in run.invoke(app, [command, "--help"]).output
+
+
+def test_settings_lists_every_setting(run: CliRunner) -> None:
+    text = run.invoke(app, ["settings"]).output
+    assert all(f"HEADWATER_{name.upper()}" in text for name in Settings.model_fields)
+
+
+def test_settings_hides_passwords(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_QUEUE_URL", "redis://ann:hunter2@localhost:6379")
+    text = run.invoke(app, ["settings"]).output
+    assert "hunter2" not in text
+    assert "redis://ann:***@localhost:6379" in text
+
+
+def test_a_setting_that_is_wrong_is_named(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_PORT", "many")
+    done = run.invoke(app, ["serve"])
+    assert done.exit_code == 1
+    assert "HEADWATER_PORT" in done.output
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_a_port_that_is_taken_is_said(run: CliRunner, command: str) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        done = run.invoke(app, [command, "--port", str(port)])
+    assert done.exit_code == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.output
+
+
+def test_openapi_prints_the_document(run: CliRunner) -> None:
+    assert json.loads(run.invoke(app, ["openapi"]).output)["info"]["title"] == "Headwater"
+
+
+def test_openapi_check_fails_on_drift(run: CliRunner, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("app.openapi.TARGET", tmp_path / "openapi.json")
+    assert run.invoke(app, ["openapi", "--check"]).exit_code == 1
+    assert run.invoke(app, ["openapi", "--write"]).exit_code == 0
+    assert run.invoke(app, ["openapi", "--check"]).exit_code == 0
