@@ -8,6 +8,7 @@ its name and renamed when complete: a run that is killed half-way leaves nothing
 import contextlib
 import errno
 import hashlib
+import io
 import shutil
 import subprocess
 import sys
@@ -82,18 +83,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     part = folder.with_name(folder.name + ".part")
     shutil.rmtree(part, ignore_errors=True)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model.is_quantized, model.quantization_method, model.hf_quantizer = False, None, None
-    model.config.__dict__.pop("quantization_config", None)
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
+    with contextlib.redirect_stderr(io.StringIO()):  # three progress bars, on top of ours
+        model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model.is_quantized, model.quantization_method, model.hf_quantizer = False, None, None
+        model.config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
     part.rename(folder)
 
 

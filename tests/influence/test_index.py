@@ -1,0 +1,133 @@
+"""The index: equal to the exact scores, resumable, and honest about damage."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.influence.corpus import Encoder, Message, Row, parse_row
+from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
+from app.influence.gradients import gradients, layout
+from app.influence.index import IndexSpec, ProjectionSpec, append, build, delete, open_index
+from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
+from app.influence.retrieval import Options, Query, influence
+
+SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=5, token_budget=200)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path, tiny_adapter_dir: Path) -> LoadedModel:
+    checkpoints = (Checkpoint("early", tiny_adapter_dir, weight=0.5), Checkpoint("base", None))
+    return load(ModelSpec(tiny_model_dir, checkpoints=checkpoints[:1]))
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[Row]:
+    return [parse_row({"prompt": f"Question {i}?", "response": "word " * (i % 4 + 1) + str(i)}) for i in range(12)]
+
+
+@pytest.fixture
+def path(tmp_path: Path, model: LoadedModel, rows: list[Row]) -> Path:
+    for _ in build(tmp_path / "index", model, rows, SPEC):
+        pass
+    return tmp_path / "index"
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(path)): f.read_bytes() for f in path.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("normalize", ["none", "unit"])
+def test_scores_are_those_of_the_gradients(
+    path: Path, model: LoadedModel, rows: list[Row], normalize: str
+) -> None:
+    index = open_index(path)
+    query = Query((Message("user", "Question 3?"),), "word 3")
+    encoder = Encoder(model.tokenizer)
+    plan = layout(model, SPEC.projection)
+    examples = [encoder.encode(row) for row in rows] + [encoder.encode_query(query.messages, query.generation)[0]]
+    vectors = gradients(model, model.checkpoints[0], plan, examples).vectors
+    if normalize == "unit":
+        vectors = vectors / vectors.norm(dim=1, keepdim=True)
+    exact = 0.5 * vectors[:-1] @ vectors[-1]
+    (answer,) = influence(model, index, [query], Options(12, "none", normalize=normalize), rows.__getitem__)  # type: ignore[arg-type]
+    found = {hit.id: hit.score for hit in answer.proponents}
+    scores = torch.tensor([found[row.id] for row in rows])
+    assert (scores - exact).abs().max() <= 2e-3 * exact.abs().max()  # fp16's rounding
+
+
+def test_faiss_agrees_with_the_block_scan(path: Path, model: LoadedModel) -> None:
+    index = open_index(path)
+    vector = torch.randn(index.manifest.width)
+    scores = index.scores(vector[None], "unit")[0]
+    best = [index.ids[i] for i in scores.argsort(descending=True)[:7]]
+    assert [row for row, _ in index.search(vector, 7)] == best
+
+
+@pytest.mark.parametrize("normalisation", ["none", "layer"])
+@pytest.mark.parametrize("normalize", ["none", "unit"])
+def test_token_scores_average_to_the_row_score(
+    tmp_path: Path, model: LoadedModel, rows: list[Row], normalisation: str, normalize: str
+) -> None:
+    spec = IndexSpec(ProjectionSpec(size=8), normalisation=normalisation)  # type: ignore[arg-type]
+    list(build(tmp_path / "i", model, rows, spec))
+    by_id = {row.id: row for row in rows}
+    query = Query((Message("user", "Who?"),), "word 3 and more", span=(2, 9))
+    options = Options(3, "both", "both", normalize)  # type: ignore[arg-type]
+    (answer,) = influence(model, open_index(tmp_path / "i"), [query], options, by_id.__getitem__)
+    for hit in (*answer.proponents, *answer.opponents):
+        assert hit.token_scores and hit.train_tokens and hit.pair_scores
+        assert len(hit.token_scores) == sum(token.in_span for token in answer.tokens) == 7
+        close = pytest.approx(hit.score, rel=5e-3, abs=5e-3 * abs(answer.proponents[0].score))
+        assert sum(hit.token_scores) / len(hit.token_scores) == close
+        assert sum(token.score for token in hit.train_tokens) / len(hit.train_tokens) == close
+        assert float(torch.tensor(hit.pair_scores).mean()) == close
+
+
+def test_an_unfinished_build_resumes_to_the_same_bytes(
+    tmp_path: Path, path: Path, model: LoadedModel, rows: list[Row]
+) -> None:
+    broken = tmp_path / "broken"
+    steps = build(broken, model, rows, SPEC)
+    for _ in range(4):
+        next(steps)
+    steps.close()  # type: ignore[attr-defined]
+    with pytest.raises(IndexMissing):
+        open_index(broken)
+    list(build(broken, model, rows, SPEC))
+    assert files(broken) == files(path)
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: raw[:80] + bytes([raw[80] ^ 1]) + raw[81:]])
+def test_a_damaged_shard_is_named_and_refused(path: Path, damage: object) -> None:
+    shard = path / "shards" / "000001.faiss"
+    shard.write_bytes(damage(shard.read_bytes()))  # type: ignore[operator]
+    with pytest.raises(IndexCorrupt, match="000001"):
+        open_index(path)
+    assert shard.with_suffix(".faiss.corrupt").exists()
+
+
+def test_rows_come_and_go_by_id(path: Path, model: LoadedModel, rows: list[Row]) -> None:
+    new = parse_row({"prompt": "New?", "response": "new"})
+    list(append(path, model, [new, rows[0]]))
+    list(append(path, model, [new]))
+    assert sorted(open_index(path).ids) == sorted(row.id for row in [*rows, new])
+    assert delete(path, [new.id, rows[2].id, "0" * 16]) == 2
+    assert delete(path, [new.id]) == 0
+    list(append(path, model, [new]))
+    assert sorted(open_index(path).ids) == sorted(row.id for row in [*rows[:2], *rows[3:], new])
+
+
+def test_another_model_is_refused(path: Path, tiny_model_dir: Path, model: LoadedModel) -> None:
+    with pytest.raises(Mismatch, match="adapter:early") as caught:
+        open_index(path).check(load(ModelSpec(tiny_model_dir)))
+    assert set(caught.value.differs) == {"adapter:early"}
+
+
+@pytest.mark.parametrize(("text", "span"), [(" ", None), ("word " * 200, None), ("word", (2, 9)), ("word", (2, 2))])
+def test_a_generation_that_cannot_be_attributed_is_refused(
+    path: Path, model: LoadedModel, text: str, span: tuple[int, int] | None
+) -> None:
+    query = Query((Message("user", "Who?"),), text, span)
+    with pytest.raises(QueryError):
+        influence(model, open_index(path), [query], Options(), lambda _: pytest.fail("not asked"))
