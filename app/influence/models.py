@@ -10,7 +10,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,9 +101,11 @@ def load(spec: ModelSpec) -> LoadedModel:
         ModelError: no model there, pickled weights only, an adapter that does not fit, or weights that are not finite.
     """
     _check_folder(spec.path, "path", gguf=spec.gguf_file)
+    if not spec.checkpoints:  # no run was named: the model as it is
+        spec = replace(spec, checkpoints=(Checkpoint("base"),))
     names = [c.name for c in spec.checkpoints]
-    if not names or len(set(names)) != len(names):
-        raise ModelError("a model needs at least one checkpoint, each with a name of its own", field="checkpoints")
+    if len(set(names)) != len(names):
+        raise ModelError("each checkpoint needs a name of its own", field="checkpoints")
     for number, checkpoint in enumerate(spec.checkpoints):
         if checkpoint.model is not None:
             raise ModelError("checkpoints that are whole models are not supported yet; use adapters", field=f"checkpoints.{number}.model")
