@@ -50,7 +50,12 @@ class IdempotentRoute(APIRoute):
 
         async def once(request: Request) -> Response:
             key = request.headers.get(HEADER)
-            return await (handler(request) if key is None else _once(request, key, handler))
+            if key is None:
+                return await handler(request)
+            try:
+                return await _once(request, key, handler)
+            finally:
+                await request.close()  # an upload's spooled file, also where the endpoint never saw it
 
         return once
 
