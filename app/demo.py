@@ -79,6 +79,8 @@ class Demo:
     port: int = 8321
     threads: int = 2
     files: Path = FILES
+    new_tokens: int = 64
+    """Most tokens of an answer."""
 
     def run(self, *, stay: bool) -> None:
         """Fetch, serve, register, build, ask, print; then keep serving, if asked to stay."""
@@ -240,7 +242,8 @@ class Demo:
 
     def _ask(self, client: "Client", asked: Asked) -> None:
         """Ask one question, let the model answer it, and print what is behind the answer."""
-        body = {"index": self.name, "prompt": asked.prompt, "tokens": "query", "top_k": TOP_K}
+        body: Json = {"index": self.name, "prompt": asked.prompt, "tokens": "query", "top_k": TOP_K}
+        body |= {"max_new_tokens": self.new_tokens}
         with self.console.status("asking"):
             try:
                 answer = client.call("POST", "/influence", body)

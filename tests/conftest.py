@@ -1,4 +1,4 @@
-"""A real, tiny Llama with a byte tokenizer and a trained-looking LoRA adapter, made once a session."""
+"""A real, tiny Llama with a byte tokenizer, trained for a moment, and a LoRA adapter: made once a session."""
 
 from pathlib import Path
 
@@ -33,9 +33,23 @@ def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_attention_heads=4,
         max_position_embeddings=128,
     )
-    LlamaForCausalLM(config).save_pretrained(root)
+    model = LlamaForCausalLM(config)
+    train(model, fast)
+    model.save_pretrained(root)
     fast.save_pretrained(root)
     return root
+
+
+def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Two seconds, after which the model writes words rather than broken characters or nothing at all."""
+    chat = [{"role": "user", "content": "Where?"}, {"role": "assistant", "content": "north of the hill, so they say"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for _ in range(80):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +57,9 @@ def tiny_adapter_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
     torch.manual_seed(1)
     base = LlamaForCausalLM.from_pretrained(tiny_model_dir)
     model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data *= 0.05  # small beside the base, as an adapter is
     path = tmp_path_factory.mktemp("adapters") / "tiny"
     model.save_pretrained(path)
     return path
