@@ -20,7 +20,9 @@ from app.influence.errors import QueryError, RowError
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 
-ALPACA_PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+ALPACA_PREAMBLE = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+)
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -66,6 +68,7 @@ class Row:
 
     @property
     def is_text(self) -> bool:
+        """Plain text, not a chat."""
         return self.messages[0].role == "text"
 
     @property
@@ -149,9 +152,15 @@ def _nearest(record: Mapping[str, Any]) -> Columns:
     """Say what is missing rather than that nothing fitted."""
     for prompt in ("instruction", "prompt", "question"):
         if prompt in record:
-            raise RowError(f"the row has '{prompt}' but no response: add 'response', 'output', 'completion' or 'answer'", field="response")
+            raise RowError(
+                f"the row has '{prompt}' but no response: add 'response', 'output', 'completion' or 'answer'",
+                field="response",
+            )
     found = ", ".join(sorted(map(str, record))) or "none"
-    raise RowError(f"no known columns (found: {found}); use prompt and response, messages, or text, or name your columns", field="columns")
+    raise RowError(
+        f"no known columns (found: {found}); use prompt and response, messages, or text, or name your columns",
+        field="columns",
+    )
 
 
 def _text(record: Mapping[str, Any], name: str) -> str:
@@ -181,7 +190,9 @@ def _messages(record: Mapping[str, Any], name: str) -> tuple[Message, ...]:
     for number, turn in enumerate(turns):
         role, content = (turn.get("role"), turn.get("content")) if isinstance(turn, Mapping) else (None, None)
         if role not in ROLES or not isinstance(content, str):
-            raise RowError(f"message {number} needs a role ({', '.join(ROLES)}) and a text content", field=f"{name}.{number}")
+            raise RowError(
+                f"message {number} needs a role ({', '.join(ROLES)}) and a text content", field=f"{name}.{number}"
+            )
         _encodable(content, f"{name}.{number}.content")
         messages.append(Message(role, content))
     if messages[-1].role != "assistant" or not messages[-1].content.strip():
@@ -195,7 +206,13 @@ def read_rows(path: Path, columns: Columns | None = None) -> Iterator[Row]:
     Raises:
         RowError: with the 1-based line (of JSONL and CSV) or record number.
     """
-    readers = {".jsonl": _read_jsonl, ".ndjson": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise RowError(f"'{path.name}': this kind of file is not read; use {', '.join(sorted(readers))}", field="file")
@@ -236,7 +253,7 @@ def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
         reader = csv.DictReader(file)
         try:
             for record in reader:
-                extra = record.pop(None, None)  # type: ignore[call-overload]  # DictReader's name for surplus cells
+                extra = record.pop(None, None)  # DictReader's name for surplus cells
                 if extra is not None:
                     raise RowError("more cells than the header has columns", field="file", line=reader.line_num)
                 yield reader.line_num, record
@@ -299,7 +316,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: Template = "auto", max_length: int = 1024) -> None:
         if not tokenizer.is_fast:
-            raise QueryError("the tokenizer gives no character offsets: a fast tokenizer (tokenizer.json) is needed", field="model")
+            raise QueryError(
+                "the tokenizer gives no character offsets: a fast tokenizer (tokenizer.json) is needed", field="model"
+            )
         if template == "auto":
             template = "chat" if tokenizer.chat_template else "alpaca"
         if template == "chat" and not tokenizer.chat_template:
@@ -339,9 +358,14 @@ class Encoder:
         example = self._tokenise(text, spans[-1:])
         if example.truncated:
             total = len(example.ids) + example.truncated
-            raise QueryError(f"prompt and generation are {total} tokens, the limit is {self.max_length}", field="generation")
+            raise QueryError(
+                f"prompt and generation are {total} tokens, the limit is {self.max_length}", field="generation"
+            )
         if not any(example.targets):
-            raise QueryError("the generation has no token that the model predicts (its first token has no prefix)", field="generation")
+            raise QueryError(
+                "the generation has no token that the model predicts (its first token has no prefix)",
+                field="generation",
+            )
         return example, spans[-1][0]
 
     def prefix(self, prompt: Sequence[Message]) -> str:
@@ -385,16 +409,23 @@ class Encoder:
             text = self._apply(messages[: number + 1])
             at = text.find(message.content.strip(), min(start, len(text)))
             if at < 0 or not text.startswith(before.rstrip()[: len(before.rstrip())]):
-                raise RowError("the tokenizer's chat template rewrites earlier turns, so the response cannot be located", field="messages")
+                raise RowError(
+                    "the tokenizer's chat template rewrites earlier turns, so the response cannot be located",
+                    field="messages",
+                )
             spans.append((min(at, start), len(text.rstrip())))
         return text, spans
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         turns = [{"role": m.role, "content": m.content} for m in messages]
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # a template is a program of the model's author: any error is its verdict on the row
-            raise RowError(f"the tokenizer's chat template refuses these messages: {error}", field="messages") from error
+            raise RowError(
+                f"the tokenizer's chat template refuses these messages: {error}", field="messages"
+            ) from error
         return str(text)
 
     def _tokenise(self, text: str, spans: Sequence[tuple[int, int]]) -> Example:

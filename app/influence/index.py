@@ -212,7 +212,9 @@ class Index:
         differs = {k: (was.get(k, ""), now.get(k, "")) for k in keys if was.get(k) != now.get(k)}
         if differs:
             names = ", ".join(sorted(differs))
-            detail = f"the index was built from another model ({names} differ): rebuild it, or use the model it came from"
+            detail = (
+                f"the index was built from another model ({names} differ): rebuild it, or use the model it came from"
+            )
             raise Mismatch(detail, differs=differs)
 
     def scores(self, vectors: torch.Tensor, normalize: Literal["none", "unit"]) -> torch.Tensor:
@@ -250,7 +252,7 @@ class Index:
                 continue
             flat = faiss.downcast_index(shard.index.index)
             selector = faiss.IDSelectorBatch(live)
-            params = faiss.SearchParameters(sel=selector)
+            params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
             found, at = flat.search(query, min(k, len(live)), params=params)
             heap.add_result(found, at + len(names))
             names += shard.ids
@@ -280,15 +282,19 @@ def open_index(path: Path, verify: bool = True) -> Index:
             file = path / "shards" / f"{name}.faiss"
             if file.exists():
                 file.rename(file.with_suffix(".faiss.corrupt"))
-            detail = f"shard {name} is not what was written (checksum or size differ); it was set aside, rebuild the index"
+            detail = (
+                f"shard {name} is not what was written (checksum or size differ); it was set aside, rebuild the index"
+            )
             raise IndexCorrupt(detail, shard=name)
-        index = faiss.read_index(str(path / "shards" / f"{name}.faiss"), faiss.IO_FLAG_MMAP_IFC)
-        flat = faiss.downcast_index(index.index)
+        index: Any = faiss.read_index(str(path / "shards" / f"{name}.faiss"), faiss.IO_FLAG_MMAP_IFC)
+        flat: Any = faiss.downcast_index(index.index)
         raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
         side = load_file(path / "shards" / f"{name}.safetensors")
         numbers = faiss.vector_to_array(index.id_map)
         ids = [f"{int(n):016x}" for n in numbers]
-        live = np.array([bool(ok) and f"{name}:{at}" not in deleted for at, ok in enumerate(side["finite"])], dtype=bool)
+        live = np.array(
+            [bool(ok) and f"{name}:{at}" not in deleted for at, ok in enumerate(side["finite"])], dtype=bool
+        )
         shards.append(Shard(name, index, raw.view(np.float16).reshape(flat.ntotal, -1), ids, side["norms"], live))
     return Index(path, manifest, shards)
 

@@ -36,6 +36,8 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelSpec:
+    """Where a model lies and how to hold it; no checkpoints means the model as it is."""
+
     path: Path
     gguf_file: str | None = None
     checkpoints: tuple[Checkpoint, ...] = (Checkpoint("base"),)
@@ -55,6 +57,8 @@ class ModuleInfo:
 
 @dataclass(frozen=True)
 class SkippedModule:
+    """A module with parameters that no gradient is taken of, and why."""
+
     name: str
     kind: str
     reason: str
@@ -81,7 +85,9 @@ class LoadedModel:
         """The model's own greedy answer, by its last checkpoint."""
         encoder = Encoder(self.tokenizer, max_length=self.context_length)
         text = encoder.prefix(messages)
-        inputs = self.tokenizer(text, add_special_tokens=encoder.template != "chat", return_tensors="pt").to(self.model.device)
+        inputs = self.tokenizer(text, add_special_tokens=encoder.template != "chat", return_tensors="pt").to(
+            self.model.device
+        )
         start = inputs["input_ids"].shape[1]
         room = min(max_new_tokens, self.context_length - start)
         if room <= 0:
@@ -89,7 +95,10 @@ class LoadedModel:
         with self.lock, torch.no_grad():
             self.activate(self.checkpoints[-1])
             out = self.model.generate(
-                **inputs, max_new_tokens=room, do_sample=False, pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id
+                **inputs,
+                max_new_tokens=room,
+                do_sample=False,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             )
         return str(self.tokenizer.decode(out[0, start:], skip_special_tokens=True))
 
@@ -108,7 +117,10 @@ def load(spec: ModelSpec) -> LoadedModel:
         raise ModelError("each checkpoint needs a name of its own", field="checkpoints")
     for number, checkpoint in enumerate(spec.checkpoints):
         if checkpoint.model is not None:
-            raise ModelError("checkpoints that are whole models are not supported yet; use adapters", field=f"checkpoints.{number}.model")
+            raise ModelError(
+                "checkpoints that are whole models are not supported yet; use adapters",
+                field=f"checkpoints.{number}.model",
+            )
         if not math.isfinite(checkpoint.weight) or checkpoint.weight <= 0:
             raise ModelError("a checkpoint's weight is a positive number", field=f"checkpoints.{number}.weight")
         if checkpoint.adapter is not None:
@@ -119,7 +131,10 @@ def load(spec: ModelSpec) -> LoadedModel:
             spec.path, dtype=getattr(torch, spec.dtype), local_files_only=True, trust_remote_code=False, **extra
         )
         tokenizer = AutoTokenizer.from_pretrained(
-            spec.path, local_files_only=True, trust_remote_code=False, **({"gguf_file": spec.gguf_file} if spec.gguf_file else {})
+            spec.path,
+            local_files_only=True,
+            trust_remote_code=False,
+            **({"gguf_file": spec.gguf_file} if spec.gguf_file else {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {_short(error)}", field="path") from error
@@ -141,11 +156,15 @@ def _with_adapters(model: Any, adapters: Sequence[Checkpoint]) -> Any:
     for checkpoint in adapters:
         try:
             if wrapped is None:
-                wrapped = PeftModel.from_pretrained(model, str(checkpoint.adapter), adapter_name=checkpoint.name, local_files_only=True)
+                wrapped = PeftModel.from_pretrained(
+                    model, str(checkpoint.adapter), adapter_name=checkpoint.name, local_files_only=True
+                )
             else:
                 wrapped.load_adapter(str(checkpoint.adapter), adapter_name=checkpoint.name, local_files_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
-            raise ModelError(f"adapter '{checkpoint.name}' does not fit the model: {_short(error)}", field="checkpoints") from error
+            raise ModelError(
+                f"adapter '{checkpoint.name}' does not fit the model: {_short(error)}", field="checkpoints"
+            ) from error
     return wrapped
 
 
@@ -159,7 +178,9 @@ def _check_folder(path: Path, field: str, *, weights: str = "*.safetensors", ggu
     if not any(path.glob(weights)):
         pickled = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
         if pickled:
-            raise ModelError(f"only pickled weights ({pickled[0]}), which can run code: save the model as safetensors", field=field)
+            raise ModelError(
+                f"only pickled weights ({pickled[0]}), which can run code: save the model as safetensors", field=field
+            )
         raise ModelError("the folder holds no safetensors weights", field=field)
 
 
@@ -169,7 +190,7 @@ def _short(error: BaseException) -> str:
 
 def _attributed(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module]:
     """LoRA's A and B where there is an adapter, else every linear module but the output embedding."""
-    found = {}
+    found: dict[str, nn.Module] = {}
     head = model.get_output_embeddings()  # type: ignore[operator]
     for name, module in model.named_modules():
         if checkpoint.adapter is not None:
@@ -188,7 +209,9 @@ def _modules(loaded: LoadedModel) -> tuple[tuple[ModuleInfo, ...], tuple[Skipped
         infos = [ModuleInfo(name, type(m).__name__, *reversed(out_in(m))) for name, m in found.items()]
         per_checkpoint.append(tuple(infos))
     if any(infos != per_checkpoint[0] for infos in per_checkpoint):
-        raise ModelError("the checkpoints do not attribute the same modules; give them adapters of one shape", field="checkpoints")
+        raise ModelError(
+            "the checkpoints do not attribute the same modules; give them adapters of one shape", field="checkpoints"
+        )
     if not per_checkpoint[0]:
         raise ModelError("no module can be attributed: neither LoRA A and B nor linear modules", field="path")
     taken = {id(m) for c in loaded.checkpoints for m in _attributed(loaded.model, c).values()}
@@ -213,7 +236,11 @@ def out_in(module: nn.Module) -> tuple[int, int]:
 
 def _fingerprint(spec: ModelSpec, tokenizer: Any) -> dict[str, str]:
     """SHA-256 of what the numbers depend on."""
-    files = [spec.path / spec.gguf_file] if spec.gguf_file else [spec.path / "config.json", *sorted(spec.path.glob("*.safetensors"))]
+    files = (
+        [spec.path / spec.gguf_file]
+        if spec.gguf_file
+        else [spec.path / "config.json", *sorted(spec.path.glob("*.safetensors"))]
+    )
     prints = {"base": _hash_files(files)}
     for checkpoint in spec.checkpoints:
         if checkpoint.adapter is not None:

@@ -44,7 +44,8 @@ def signs(name: str, side: str, dim: int, size: int, seed: int) -> torch.Tensor:
     words = (dim + 63) // 64  # whole words a row, so that the first rows do not depend on `size`
     raw = np.random.Philox(key=key).random_raw(size * words).astype("<u8").reshape(size, words)
     bits = np.unpackbits(raw.view(np.uint8), axis=1, bitorder="little")[:, :dim]
-    return torch.from_numpy(bits.astype(np.float32) * 2 - 1) / size**0.5
+    matrix: torch.Tensor = torch.from_numpy(bits.astype(np.float32) * 2 - 1) / size**0.5
+    return matrix
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Block:
 
     @property
     def width(self) -> int:
+        """Numbers that the module adds to the vector."""
         return int(self.p_out.shape[0] * self.p_in.shape[0])
 
     def project(self, acts: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:

@@ -54,6 +54,8 @@ class Token:
 
 @dataclass(frozen=True)
 class TrainToken:
+    """A token of a training row's response and its share of the row's score."""
+
     text: str
     score: float
 
@@ -85,6 +87,8 @@ class Definition:
 
 @dataclass
 class Answer:
+    """`loss`: mean over the tokens asked about, in nats; `timings`: seconds by stage."""
+
     tokens: list[Token]
     loss: float
     proponents: list[Hit]
@@ -270,8 +274,8 @@ def _loss_warning(index: Index, loss: float) -> list[str]:
     if loss <= 2 * train:
         return []
     return [
-        f"the generation's loss ({loss:.2f}) is far above the training rows' ({train:.2f}): the model would hardly write "
-        "it, and attribution of a text that it is made to read is unreliable at a late checkpoint"
+        f"the generation's loss ({loss:.2f}) is far above the training rows' ({train:.2f}): the model would hardly "
+        "write it, and attribution of a text that it is made to read is unreliable at a late checkpoint"
     ]
 
 

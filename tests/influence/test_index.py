@@ -38,9 +38,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("normalize", ["none", "unit"])
-def test_scores_are_those_of_the_gradients(
-    path: Path, model: LoadedModel, rows: list[Row], normalize: str
-) -> None:
+def test_scores_are_those_of_the_gradients(path: Path, model: LoadedModel, rows: list[Row], normalize: str) -> None:
     index = open_index(path)
     query = Query((Message("user", "Question 3?"),), "word 3")
     encoder = Encoder(model.tokenizer)
