@@ -1,13 +1,17 @@
 """Per-sample projected gradients of one batch, from one backward pass in which no weight gradient is formed.
 
 For a linear module with inputs a_s and output gradients d_s the gradient of a sample is G = sum_s d_s a_s^T
-(METHODS section 2). The forward hook keeps P_in a_s, a hook on the output's gradient meets d_s, and one einsum over
-positions gives P_out G P_in^T. All weights are frozen; only the embedding's output requires a gradient.
+(METHODS section 2). The forward hook keeps what the sketch needs of a_s, a hook on the output's gradient meets d_s, and
+the sketch sums over positions. All weights are frozen; only the embedding's output requires a gradient.
+
+`token_scores` turns the question round: the inner product of every token's gradient with one direction is the
+derivative of that token's loss along the direction, so two forward passes with each module nudged by +-eps answer for
+all tokens at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,64 +21,129 @@ from torch import nn
 
 from app.influence.corpus import Example
 from app.influence.models import Checkpoint, LoadedModel
-from app.influence.projection import Block, ProjectionSpec, signs
+from app.influence.projection import ProjectionSpec, Sketch, sketch
+
+# Size of a nudge's effect on the modules' outputs, relative to them: the error of the difference quotient falls with
+# its square, float32's rounding grows with its inverse.
+NUDGE = 1e-3
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where each module's block lies in the vector."""
+class Plan:
+    """The sketch of each attributed module, the vector's length, and whether each module's part is divided by its norm.
 
-    blocks: dict[str, Block]
+    Dividing ("layer", RapidIn) is done before modules are summed into one vector, so it is a matter of collecting.
+    """
+
+    sketches: dict[str, Sketch]
     width: int
+    layer: bool
 
 
-def layout(model: LoadedModel, spec: ProjectionSpec) -> Layout:
-    """The blocks of all attributed modules, in the model's order."""
-    blocks, start = {}, 0
+def plan_for(model: LoadedModel, spec: ProjectionSpec, normalisation: str = "none") -> Plan:
+    """The sketches of all attributed modules, in the model's order."""
+    sketches: dict[str, Sketch] = {}
+    end = 0
     for module in model.attributed:
-        p_out = signs(module.name, "out", module.d_out, spec.size, spec.seed).to(model.spec.device)
-        p_in = signs(module.name, "in", module.d_in, spec.size, spec.seed).to(model.spec.device)
-        block = Block(p_out, p_in, start)
-        blocks[module.name] = block
-        start += block.width
-    return Layout(blocks, start)
+        made = sketch(spec, module.name, module.d_out, module.d_in, end)
+        sketches[module.name] = made
+        end = max(end, made.place.stop)
+    return Plan(sketches, end, normalisation == "layer")
 
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of one batch: `vectors` [batch, width] of the mean loss over each sample's targets; `losses` [batch][targets]."""
+    """Of one batch.
+
+    Attributes:
+        vectors: [batch, width], of the mean loss over each sample's targets.
+        losses: [batch][targets]
+        divisors: [batch, modules], what each module's part was divided by (ones without layer normalisation).
+    """
 
     vectors: torch.Tensor
     losses: list[torch.Tensor]
+    divisors: torch.Tensor
 
 
-def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Layout, examples: Sequence[Example]) -> Gradients:
+def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: Sequence[Example]) -> Gradients:
     """Gradients of the samples' mean losses at a checkpoint; a sample's numbers do not depend on its batch mates."""
     with model.lock:
         modules = model.activate(checkpoint)
-        vectors = torch.zeros(len(examples), plan.width, device=model.spec.device)
-        with torch.enable_grad(), _capture(model.model, modules, plan, vectors):
+        capture = _Capture(model, plan, len(examples), None)
+        with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
             losses = _losses(model, examples)
             torch.stack([loss.mean() for loss in losses]).sum().backward()  # a sum: never the mean over a batch
-    return Gradients(vectors, [loss.detach() for loss in losses])
+    return Gradients(capture.vectors, [loss.detach() for loss in losses], capture.divisors)
 
 
-def token_gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Layout, example: Example) -> torch.Tensor:
+def token_gradients(
+    model: LoadedModel, checkpoint: Checkpoint, plan: Plan, example: Example, divisors: torch.Tensor
+) -> torch.Tensor:
     """[targets, width]: the gradient of each target's own loss, by one forward and as many backward passes.
 
-    They average to `gradients`' vector of the example.
+    They average to `gradients`' vector of the example, whose `divisors` [modules] they are divided by.
     """
     rows = []
     with model.lock:
         modules = model.activate(checkpoint)
-        vector = torch.zeros(1, plan.width, device=model.spec.device)
-        with torch.enable_grad(), _capture(model.model, modules, plan, vector):
+        capture = _Capture(model, plan, 1, divisors[None])
+        with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
             (losses,) = _losses(model, [example])
-            for loss in losses:
-                vector.zero_()
-                loss.backward(retain_graph=True)
-                rows.append(vector[0].clone())
+            for number, loss in enumerate(losses):
+                capture.vectors = torch.zeros_like(capture.vectors)
+                loss.backward(retain_graph=number + 1 < len(losses))
+                rows.append(capture.vectors[0])
     return torch.stack(rows)
+
+
+def token_scores(
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    examples: Sequence[Example],
+    directions: torch.Tensor,
+    divisors: torch.Tensor,
+) -> list[torch.Tensor]:
+    """The inner product of each target's gradient with a direction, by two nudged forward passes.
+
+    Args:
+        examples: n examples, or one that all the directions are asked about.
+        directions: [n, width]
+        divisors: [n or 1, modules], what the examples' gradients are divided by.
+
+    Returns:
+        [n][targets]
+    """
+    directions = directions.to(model.spec.device)
+    parts = {
+        name: directions[:, made.place] / divisors[:, [at]] for at, (name, made) in enumerate(plan.sketches.items())
+    }
+    copies = list(examples) * (len(directions) if len(examples) == 1 else 1)
+    sizes = torch.zeros(2, dtype=torch.float64)
+
+    def measure(name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
+        nudge = plan.sketches[name].nudge(acts, parts[name])
+        sizes[0] += output.double().square().sum().cpu() * (len(nudge) / len(output))
+        sizes[1] += nudge.double().square().sum().cpu()
+
+    with model.lock, torch.no_grad():
+        modules = model.activate(checkpoint)
+        with _hooked(model, dict.fromkeys(modules, measure), modules):
+            _losses(model, examples)
+        if sizes[1] == 0:  # no direction at all: nothing changes along it
+            return [torch.zeros(len(example.positions)) for example in copies]
+        # Rounding is the enemy in float32 only; where it is not, a smaller step is a better quotient.
+        step = NUDGE * float((sizes[0] / sizes[1]).sqrt())
+
+        def nudged(sign: int) -> list[torch.Tensor]:
+            def hook(name: str, acts: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+                return output + plan.sketches[name].nudge(acts, parts[name]) * (sign * step)
+
+            with _hooked(model, dict.fromkeys(modules, hook), modules):
+                return _losses(model, copies)
+
+        return [(up - down) / (2 * step) for up, down in zip(nudged(1), nudged(-1), strict=True)]
 
 
 def losses(model: LoadedModel, checkpoint: Checkpoint, examples: Sequence[Example]) -> list[torch.Tensor]:
@@ -84,20 +153,49 @@ def losses(model: LoadedModel, checkpoint: Checkpoint, examples: Sequence[Exampl
         return _losses(model, examples)
 
 
+class _Capture:
+    """Collects the projected gradients of one backward pass."""
+
+    def __init__(self, model: LoadedModel, plan: Plan, batch: int, divisors: torch.Tensor | None) -> None:
+        kind = torch.float64 if model.model.dtype == torch.float64 else torch.float32
+        self.plan, self.given = plan, divisors
+        self.vectors = torch.zeros(batch, plan.width, dtype=kind, device=model.spec.device)
+        self.divisors = torch.ones(batch, len(plan.sketches), dtype=kind, device=model.spec.device)
+        self.at = {name: at for at, name in enumerate(plan.sketches)}
+
+    def hook(self, name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
+        """Called after a module's forward pass."""
+        if not output.requires_grad:
+            return
+        made, at = self.plan.sketches[name], self.at[name]
+        kept = made.keep(acts.detach().to(self.vectors.dtype))
+
+        def backward(grads: torch.Tensor) -> None:  # [batch, seq, d_out]
+            part = made.project(kept, grads.to(self.vectors.dtype))
+            if self.given is not None:
+                part = part / self.given[:, [at]]
+            elif self.plan.layer:
+                self.divisors[:, at] = part.norm(dim=1).clamp_min(torch.finfo(part.dtype).tiny)
+                part = part / self.divisors[:, [at]]
+            self.vectors[:, made.place] += part
+
+        output.register_hook(backward)
+
+
+Hook = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
+
+
 @contextmanager
-def _capture(model: Any, modules: dict[str, nn.Module], plan: Layout, vectors: torch.Tensor) -> Iterator[None]:
+def _hooked(
+    model: LoadedModel, hooks: dict[str, Hook], modules: dict[str, nn.Module], embedding: bool = False
+) -> Iterator[None]:
+    """Call hooks with (name, input, output) after the modules, and let gradients begin at the embedding's output."""
+
     def forward(name: str) -> Any:
-        block = plan.blocks[name]
-
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-            if not output.requires_grad:  # DoRA calls A and B on an identity for its norm: no gradient flows there
-                return
-            acts = args[0].detach().to(vectors.dtype) @ block.p_in.to(vectors.dtype).T  # [batch, seq, p_in]
-
-            def backward(grads: torch.Tensor) -> None:  # [batch, seq, d_out]
-                vectors[:, block.start : block.start + block.width] += block.project(acts, grads.to(vectors.dtype))
-
-            output.register_hook(backward)
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
+            if args[0].dim() != 3:  # DoRA calls A and B on an identity matrix for a norm that it holds constant
+                return None
+            return hooks[name](name, args[0], output)
 
         return hook
 
@@ -105,7 +203,8 @@ def _capture(model: Any, modules: dict[str, nn.Module], plan: Layout, vectors: t
         return output.detach().requires_grad_(True)
 
     handles = [module.register_forward_hook(forward(name)) for name, module in modules.items()]
-    handles.append(model.get_input_embeddings().register_forward_hook(require_grad))
+    if embedding:
+        handles.append(model.model.get_input_embeddings().register_forward_hook(require_grad))
     try:
         yield
     finally:

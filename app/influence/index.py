@@ -27,7 +27,7 @@ from safetensors.numpy import load_file, save
 
 from app.influence.corpus import Encoder, Example, Row, Template
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
-from app.influence.gradients import Layout, gradients, layout, losses
+from app.influence.gradients import gradients, losses, plan_for
 from app.influence.models import LoadedModel
 from app.influence.projection import ProjectionSpec
 
@@ -131,7 +131,7 @@ def build(
         checkpoints.append(one)
     manifest = Manifest(
         spec=asdict(spec),
-        width=layout(model, spec.projection).width,
+        width=plan_for(model, spec.projection).width,
         checkpoints=checkpoints,
         fingerprint=model.fingerprint,
         attributed=[asdict(module) for module in model.attributed],
@@ -299,13 +299,8 @@ def open_index(path: Path, verify: bool = True) -> Index:
     return Index(path, manifest, shards)
 
 
-def unit(vectors: torch.Tensor, plan: Layout, normalisation: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of length one and their norms, after layer normalisation where the index has it: [n, width], [n]."""
-    if normalisation == "layer":
-        vectors = vectors.clone()
-        for block in plan.blocks.values():
-            part = vectors[:, block.start : block.start + block.width]
-            part /= part.norm(dim=1, keepdim=True).clamp_min(torch.finfo(part.dtype).tiny)
+def unit(vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of length one and their norms: [n, width], [n]."""
     norms = vectors.norm(dim=1)
     return vectors / norms.clamp_min(torch.finfo(vectors.dtype).tiny).unsqueeze(1), norms
 
@@ -313,7 +308,7 @@ def unit(vectors: torch.Tensor, plan: Layout, normalisation: str) -> tuple[torch
 def _shards(
     path: Path, model: LoadedModel, rows: Sequence[Row], spec: IndexSpec, first: int, done: list[dict[str, Any]]
 ) -> Iterator[Progress]:
-    plan = layout(model, spec.projection)
+    plan = plan_for(model, spec.projection, spec.normalisation)
     encoder = Encoder(model.tokenizer, spec.template, min(spec.max_length, model.context_length))
     examples = [encoder.encode(row) for row in rows]
     many = len(model.checkpoints)
@@ -331,7 +326,7 @@ def _shards(
             for at, checkpoint in enumerate(model.checkpoints):
                 for batch in _batches(part, spec.token_budget):
                     found = gradients(model, checkpoint, plan, [part[i] for i in batch])
-                    units, lengths = unit(found.vectors.cpu(), plan, spec.normalisation)
+                    units, lengths = unit(found.vectors.float().cpu())
                     vectors[batch, at * plan.width : (at + 1) * plan.width] = units
                     norms[batch, at] = lengths
                     loss[batch, at] = torch.stack([one.mean() for one in found.losses]).cpu()

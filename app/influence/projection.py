@@ -1,74 +1,180 @@
-"""Kronecker random projection of a module's gradient: S(G) = P_out G P_in^T (LoGra; METHODS section 2).
+"""Random projections of a module's gradient G = sum_s d_s a_s^T: linear, unbiased, and the same on every machine.
 
-The matrices are Rademacher signs from the Philox counter generator, keyed by seed, module name and side: integers
-alone decide them, so every machine and device makes the same numbers and nothing is stored or shipped.
+- kronecker: P_out G P_in^T, p x p numbers a module, side by side (LoGra).
+- global: the same with p = sqrt(K), all modules summed into one vector of K numbers.
+- rapidgrad: a count-sketch of all coordinates into K buckets (RapidIn), by a hash instead of the published shuffle,
+  which does not mix when the number of coordinates is a power of two (METHODS section 2).
+
+Everything random comes from integers keyed by seed and module name (Philox, or a counter hash), so any machine and
+device makes the same numbers and nothing is stored or shipped.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 
 from app.influence.errors import SpecError
 
+Kind = Literal["kronecker", "global", "rapidgrad"]
+MASK = (1 << 32) - 1
+
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """kind: only "kronecker" so far; size: p, the rows of each side's matrix; seed: of all the matrices."""
+    """`size` is p for kronecker and K, the length of the whole vector, for global and rapidgrad."""
 
-    kind: Literal["kronecker"] = "kronecker"
+    kind: Kind = "kronecker"
     size: int = 16
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind != "kronecker":
-            raise SpecError(f"projection '{self.kind}' is not available; use 'kronecker'", field="projection.kind")
-        if not 1 <= self.size <= 512:
+        """Refuse what cannot be built."""
+        if self.kind == "kronecker" and not 1 <= self.size <= 512:
             raise SpecError("the size of a kronecker projection is between 1 and 512", field="projection.size")
+        if self.kind == "global" and (not 16 <= self.size <= 2**18 or math.isqrt(self.size) ** 2 != self.size):
+            raise SpecError(
+                "the size of a global projection is a square such as 4096 or 16384", field="projection.size"
+            )
+        if self.kind == "rapidgrad" and not 16 <= self.size <= 2**24:
+            raise SpecError("the size of rapidgrad is between 16 and 2^24; 65536 is usual", field="projection.size")
+
+
+class Sketch(Protocol):
+    """The projection of one module; `place` is where its numbers go in the vector.
+
+    Modules that are summed share their place.
+    """
+
+    place: slice
+
+    def keep(self, acts: torch.Tensor) -> torch.Tensor:
+        """What of the inputs [batch, seq, d_in] is needed in the backward pass."""
+
+    def project(self, kept: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        """From what was kept and the output gradients [batch, seq, d_out] to [batch, width of place]."""
+
+    def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """The transposed projection at work: the weight S^T(direction) applied to the inputs.
+
+        Args:
+            acts: [n or 1, seq, d_in].
+            directions: [n, width of place].
+
+        Returns:
+            [n, seq, d_out]
+        """
+
+
+def sketch(spec: ProjectionSpec, name: str, d_out: int, d_in: int, start: int) -> Sketch:
+    """The sketch of a module whose numbers begin at `start` (kronecker) or are summed into the whole vector."""
+    if spec.kind == "rapidgrad":
+        return CountSketch(name, d_out, d_in, spec.size, spec.seed)
+    if spec.kind == "global":
+        p = math.isqrt(spec.size)
+        p_out, p_in = (signs(name, side, d, p, spec.seed) for side, d in (("out", d_out), ("in", d_in)))
+        return Kronecker(p_out, p_in, slice(0, spec.size))
+    p_out = side_matrix(name, "out", d_out, spec.size, spec.seed)
+    p_in = side_matrix(name, "in", d_in, spec.size, spec.seed)
+    return Kronecker(p_out, p_in, slice(start, start + p_out.shape[0] * p_in.shape[0]))
+
+
+def side_matrix(name: str, side: str, dim: int, size: int, seed: int) -> torch.Tensor:
+    """A side that is not wider than the projection is kept whole: fewer numbers to store, and exact."""
+    return torch.eye(dim) if dim <= size else signs(name, side, dim, size, seed)
 
 
 @cache
 def signs(name: str, side: str, dim: int, size: int, seed: int) -> torch.Tensor:
-    """[size, dim] of +-1/sqrt(size), so E[P^T P] = I; the identity where the side is no wider than `size`.
-
-    A side that is not wider than the projection is kept whole: fewer numbers to store, and exact.
-    """
-    if dim <= size:
-        return torch.eye(dim)
-    key = int.from_bytes(hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:16], "little")
-    words = (dim + 63) // 64  # whole words a row, so that the first rows do not depend on `size`
-    raw = np.random.Philox(key=key).random_raw(size * words).astype("<u8").reshape(size, words)
+    """[size, dim] of +-1/sqrt(size), so that E[P^T P] = I; the first rows' signs do not depend on `size`."""
+    words = (dim + 63) // 64  # whole words a row
+    raw = np.random.Philox(key=_key(seed, name, side)).random_raw(size * words).astype("<u8").reshape(size, words)
     bits = np.unpackbits(raw.view(np.uint8), axis=1, bitorder="little")[:, :dim]
     matrix: torch.Tensor = torch.from_numpy(bits.astype(np.float32) * 2 - 1) / size**0.5
     return matrix
 
 
-@dataclass(frozen=True)
-class Block:
-    """The projection of one module and its place in the concatenated vector."""
+def _key(seed: int, name: str, side: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}/{side}".encode()).digest()[:16], "little")
+
+
+@dataclass
+class Kronecker:
+    """P_out G P_in^T, each factor projected before the outer product (never forms G)."""
 
     p_out: torch.Tensor  # [p_out, d_out]
     p_in: torch.Tensor  # [p_in, d_in]
-    start: int
+    place: slice
 
-    @property
-    def width(self) -> int:
-        """Numbers that the module adds to the vector."""
-        return int(self.p_out.shape[0] * self.p_in.shape[0])
+    def keep(self, acts: torch.Tensor) -> torch.Tensor:
+        """[batch, seq, p_in]"""
+        kept: torch.Tensor = acts @ self.p_in.to(acts).T
+        return kept
 
-    def project(self, acts: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
-        """sum_s (P_out d_s)(P_in a_s)^T of each sample.
+    def project(self, kept: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        """sum_s (P_out d_s)(P_in a_s)^T"""
+        return torch.einsum("bso,bsi->boi", grads @ self.p_out.to(grads).T, kept).flatten(1)
 
-        Args:
-            acts: [batch, seq, p_in], already projected in the forward pass.
-            grads: [batch, seq, d_out].
+    def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """P_out^T D P_in a_s: a weight of rank p, never formed."""
+        blocks = directions.to(acts).unflatten(1, (self.p_out.shape[0], self.p_in.shape[0]))
+        return (self.keep(acts) @ blocks.transpose(1, 2)) @ self.p_out.to(acts)
 
-        Returns:
-            [batch, p_out * p_in]
-        """
-        return torch.einsum("bso,bsi->boi", grads @ self.p_out.T, acts).flatten(1)
+
+class CountSketch:
+    """Bucket and sign of every coordinate of G from a counter hash; G is formed a sample at a time."""
+
+    def __init__(self, name: str, d_out: int, d_in: int, size: int, seed: int) -> None:
+        self.place = slice(0, size)
+        self.shape, self.size = (d_out, d_in), size
+        key = _key(seed, name, "count")
+        counter = torch.arange(d_out * d_in, dtype=torch.int64)
+        high = _hash32(counter, key & MASK, (key >> 32) & MASK)
+        low = _hash32(counter, (key >> 64) & MASK, (key >> 96) & MASK)
+        self.buckets = ((high * size) >> 32).to(torch.int32)  # Lemire's range reduction: 32 + 24 bits fit in 63
+        self.signs = ((low >> 31) * 2 - 1).to(torch.int8)
+
+    def keep(self, acts: torch.Tensor) -> torch.Tensor:
+        """All of it."""
+        return acts
+
+    def project(self, kept: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
+        """[batch, K]"""
+        found = torch.zeros(len(grads), self.size, dtype=grads.dtype, device=grads.device)
+        buckets, signs = self._on(grads)
+        for row, (a, d) in enumerate(zip(kept, grads, strict=True)):
+            found[row].index_add_(0, buckets, (d.T @ a).flatten() * signs)
+        return found
+
+    def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
+        """S^T(D) a_s"""
+        buckets, signs = self._on(acts)
+        weights = (directions.to(acts)[:, buckets] * signs).unflatten(1, self.shape)
+        nudged: torch.Tensor = acts @ weights.transpose(1, 2)
+        return nudged
+
+    def _on(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.buckets, self.signs = self.buckets.to(like.device), self.signs.to(like.device)
+        return self.buckets, self.signs.to(like.dtype)
+
+
+def _hash32(counter: torch.Tensor, first: int, second: int) -> torch.Tensor:
+    """A 32-bit integer hash of counters below 2^31 under two 32-bit keys, in int64 arithmetic that no device rounds.
+
+    Two rounds of the xor-shift-multiply finaliser of MurmurHash3, a key before each. The multipliers are split so
+    that no product passes 63 bits.
+    """
+    x = counter
+    for key in (first, second):
+        x = (x ^ key) & MASK
+        for shift, multiplier in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+            x = x ^ (x >> shift)
+            x = (x * (multiplier & 0xFFFF) + (((x * (multiplier >> 16)) & 0xFFFF) << 16)) & MASK
+        x = x ^ (x >> 16)
+    return x

@@ -17,9 +17,12 @@ import torch
 
 from app.influence.corpus import Encoder, Example, Message, Row
 from app.influence.errors import QueryError, SpecError
-from app.influence.gradients import Layout, gradients, layout, losses, token_gradients
-from app.influence.index import Index, ProjectionSpec, unit
-from app.influence.models import LoadedModel
+from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
+from app.influence.index import Index, ProjectionSpec
+from app.influence.models import Checkpoint, LoadedModel
+
+Route = Literal["backwards", "nudges"]
+NUDGED_TOKENS = 2048  # tokens in one nudged forward pass
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Definition:
     index_normalisation: str
     projection: dict[str, Any]
     checkpoints: list[dict[str, Any]]
-    tokens_route: Literal["backwards", "nudges"] | None
+    tokens_route: Route | None
 
 
 @dataclass
@@ -113,7 +116,7 @@ def influence(
         raise QueryError("top_k is at least 1", field="top_k")
     index.check(model)
     kept = index.manifest.spec
-    plan = layout(model, ProjectionSpec(**kept["projection"]))
+    plan = plan_for(model, ProjectionSpec(**kept["projection"]), kept["normalisation"])
     if plan.width != index.manifest.width:
         raise SpecError("the index has another width than this model's projection", field="index")
     encoder = Encoder(model.tokenizer, kept["template"], min(kept["max_length"], model.context_length))
@@ -121,13 +124,10 @@ def influence(
     timings: dict[str, float] = {}
     with _timed(timings, "gradients"):
         found = [gradients(model, c, plan, [one.example for one in asked]) for c in model.checkpoints]
-    vectors = torch.cat(
-        [
-            _scaled(f.vectors, f.vectors, plan, kept["normalisation"], options) * c.weight
-            for c, f in zip(model.checkpoints, found, strict=True)
-        ],
-        1,
-    )  # [queries, checkpoints * width]
+    norms = torch.stack([_norms(f, options) for f in found], 1)  # [queries, checkpoints]
+    weights = torch.tensor([c.weight for c in model.checkpoints]) / norms
+    vectors = torch.cat([f.vectors.float().cpu() for f in found], 1)  # [queries, checkpoints * width]
+    vectors = vectors * weights.repeat_interleave(plan.width, 1)
     if not torch.isfinite(vectors).all():
         raise QueryError("the gradient of the generation is not finite", field="generation")
     with _timed(timings, "search"):
@@ -135,6 +135,7 @@ def influence(
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
+        route: Route | None = None
         ranked = scores[number].argsort(descending=True, stable=True).tolist()
         k = min(options.top_k, len(ranked))
         top = ranked[:k] if options.direction != "opponents" else []
@@ -147,11 +148,13 @@ def influence(
         hits = [*proponents, *opponents]
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
-                _add_tokens(model, index, plan, encoder, one, vectors[number], hits, options, row_of)
+                scorer = _Tokens(model, index, plan, encoder, options, row_of)
+                route = scorer.add(
+                    one.example, [f.divisors[number] for f in found], weights[number], vectors[number], hits
+                )
         own = found[-1].losses[number]
         with _timed(mine, "losses"):
             each = own if one.whole is one.example else losses(model, model.checkpoints[-1], [one.whole])[0]
-        route: Literal["backwards"] | None = None if options.tokens == "none" else "backwards"
         answers.append(
             Answer(
                 tokens=one.tokens(each.tolist()),
@@ -196,64 +199,119 @@ class _Asked:
         return found
 
 
-def _scaled(
-    vectors: torch.Tensor, whole: torch.Tensor, plan: Layout, normalisation: str, options: Options
-) -> torch.Tensor:
-    """`vectors` [n, width] divided by what the index and the options divide `whole` by ([n or 1, width])."""
-    if normalisation == "layer":
-        vectors = vectors.clone()
-        for block in plan.blocks.values():
-            place = slice(block.start, block.start + block.width)
-            divisor = whole[:, place].norm(dim=1, keepdim=True)
-            vectors[:, place] /= divisor.clamp_min(torch.finfo(divisor.dtype).tiny)
-    if options.normalize == "unit":
-        norms = unit(whole, plan, normalisation)[1]
-        vectors = vectors / norms.clamp_min(torch.finfo(norms.dtype).tiny).unsqueeze(1)
-    return vectors.cpu()
+def _norms(found: Gradients, options: Options) -> torch.Tensor:
+    """[batch], what the vectors are divided by."""
+    if options.normalize == "none":
+        return torch.ones(len(found.vectors))
+    norms: torch.Tensor = found.vectors.float().norm(dim=1).cpu()
+    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
 
 
-def _token_vectors(
-    model: LoadedModel, plan: Layout, example: Example, normalisation: str, options: Options
-) -> torch.Tensor:
-    """[targets, checkpoints * width], scaled so that their mean is the example's own (unweighted) vector."""
-    parts = []
-    for checkpoint in model.checkpoints:
-        each = token_gradients(model, checkpoint, plan, example)
-        parts.append(_scaled(each, each.mean(0, keepdim=True), plan, normalisation, options))
-    return torch.cat(parts, 1)
+class _Tokens:
+    """Token scores of retrieved rows.
 
+    Two routes to the same numbers (METHODS section 2): a backward pass for each token of the generation, or two
+    forward passes for each row with the modules nudged along it. A backward pass costs about two forward passes, so the
+    rows are nudged when they are fewer than the tokens.
+    """
 
-def _add_tokens(
-    model: LoadedModel,
-    index: Index,
-    plan: Layout,
-    encoder: Encoder,
-    asked: _Asked,
-    vector: torch.Tensor,
-    hits: list[Hit],
-    options: Options,
-    row_of: Callable[[str], Row],
-) -> None:
-    kept = index.manifest.spec["normalisation"]
-    weights = torch.tensor([c.weight for c in model.checkpoints]).repeat_interleave(plan.width)
-    each = torch.empty(0)
-    if options.tokens in ("query", "both"):
-        each = _token_vectors(model, plan, asked.example, kept, options) * weights
-        units, norms = index.vectors([hit.id for hit in hits])
-        rows = units if options.normalize == "unit" else units * norms.repeat_interleave(plan.width, 1)
-        for hit, scores in zip(hits, (rows @ each.T).tolist(), strict=True):
-            hit.token_scores = scores
-    if options.tokens in ("train", "both"):
+    def __init__(
+        self,
+        model: LoadedModel,
+        index: Index,
+        plan: Plan,
+        encoder: Encoder,
+        options: Options,
+        row_of: Callable[[str], Row],
+    ) -> None:
+        self.model, self.index, self.plan, self.encoder = model, index, plan, encoder
+        self.options, self.row_of = options, row_of
+
+    def add(
+        self,
+        example: Example,
+        divisors: Sequence[torch.Tensor],
+        weights: torch.Tensor,
+        vector: torch.Tensor,
+        hits: list[Hit],
+    ) -> Route:
+        """Write the scores into the hits.
+
+        Args:
+            divisors: [checkpoint][modules] of the query's gradient.
+            weights: [checkpoints], the checkpoints' weights over the query's norms.
+            vector: [checkpoints * width], the query's weighted vector.
+        """
+        if self.options.tokens == "query":
+            return self._query(example, divisors, weights, hits)
+        pairs = None
+        if self.options.tokens == "both":
+            pairs = self._backwards(example, divisors) * weights.repeat_interleave(self.plan.width)
         for hit in hits:
-            example = encoder.encode(row_of(hit.id))
-            train = _token_vectors(model, plan, example, kept, options)
-            texts = [example.text[slice(*example.offsets[p])] for p in example.positions]
-            hit.train_tokens = [TrainToken(t, s) for t, s in zip(texts, (train @ vector).tolist(), strict=True)]
-            if options.tokens == "both":
-                hit.pair_scores = (train @ each.T).tolist()
+            row = self.encoder.encode(self.row_of(hit.id))
+            texts = [row.text[slice(*row.offsets[position])] for position in row.positions]
+            directions = vector[None] if pairs is None else pairs
+            scores = self._train(row, directions)  # [train tokens, directions]
+            hit.train_tokens = [TrainToken(t, s) for t, s in zip(texts, scores.mean(1).tolist(), strict=True)]
+            if pairs is not None:
+                hit.pair_scores = scores.tolist()
+                hit.token_scores = scores.mean(0).tolist()
+        return "nudges" if pairs is None else "backwards"
+
+    def _query(
+        self, example: Example, divisors: Sequence[torch.Tensor], weights: torch.Tensor, hits: list[Hit]
+    ) -> Route:
+        units, norms = self.index.vectors([hit.id for hit in hits])
+        if self.options.normalize == "unit":
+            norms = torch.ones_like(norms)
+        rows = units * (norms * weights).repeat_interleave(self.plan.width, 1)
+        route: Route = "nudges" if len(hits) < len(example.positions) else "backwards"
+        if route == "backwards":
+            scores = rows @ self._backwards(example, divisors).T  # [hits, tokens]
+        else:
+            each = zip(self.model.checkpoints, divisors, rows.split(self.plan.width, 1), strict=True)
+            scores = sum(
+                (self._nudged(c, example, part, divisor) for c, divisor, part in each),
+                torch.zeros(len(hits), len(example.positions)),
+            )
+        for hit, row in zip(hits, scores.tolist(), strict=True):
+            hit.token_scores = row
+        return route
+
+    def _nudged(
+        self, checkpoint: Checkpoint, example: Example, directions: torch.Tensor, divisors: torch.Tensor
+    ) -> torch.Tensor:
+        """[directions, targets]"""
+        many = max(1, NUDGED_TOKENS // len(example.ids))
+        parts = [
+            torch.stack(token_scores(self.model, checkpoint, self.plan, [example], part, divisors[None]))
+            for part in directions.split(many)
+        ]
+        return torch.cat(parts).float().cpu()
+
+    def _backwards(self, example: Example, divisors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """[targets, checkpoints * width]"""
+        each = zip(self.model.checkpoints, divisors, strict=True)
+        return torch.cat(
+            [token_gradients(self.model, c, self.plan, example, divisor).float().cpu() for c, divisor in each], 1
+        )
+
+    def _train(self, row: Example, directions: torch.Tensor) -> torch.Tensor:
+        """[train tokens, directions], each token's gradient divided as the whole row's is."""
+        total = torch.zeros(len(row.positions), len(directions))
+        parts = directions.split(self.plan.width, 1)
+        for checkpoint, part in zip(self.model.checkpoints, parts, strict=True):
+            found = gradients(self.model, checkpoint, self.plan, [row])
+            norm = _norms(found, self.options)
+            if len(directions) < len(row.positions):
+                total += self._nudged(checkpoint, row, part, found.divisors[0]).T / norm
+            else:
+                each = token_gradients(self.model, checkpoint, self.plan, row, found.divisors[0])
+                total += each.float().cpu() @ part.T / norm
+        return total
 
 
-def _definition(index: Index, options: Options, route: Literal["backwards"] | None) -> Definition:
+def _definition(index: Index, options: Options, route: Route | None) -> Definition:
     spec = index.manifest.spec
     kind = "cosine" if options.normalize == "unit" else "dot"
     inner = "<g_q, g_z> / (|g_q| |g_z|)" if options.normalize == "unit" else "<g_q, g_z>"

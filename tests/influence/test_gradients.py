@@ -6,15 +6,21 @@ import pytest
 import torch
 
 from app.influence.corpus import Encoder, Example, parse_row
-from app.influence.gradients import gradients, layout, token_gradients
+from app.influence.gradients import gradients, plan_for, token_gradients, token_scores
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load, out_in
-from app.influence.projection import ProjectionSpec, signs
+from app.influence.projection import ProjectionSpec, side_matrix, signs, sketch
 
 ROWS = [
     {"prompt": "Who keeps the light?", "response": "Orla does."},
     {"prompt": "What is tea?", "response": "Leaves in hot water, and patience."},
     {"prompt": "Hi", "response": "No."},
 ]
+
+SPECS = [ProjectionSpec(size=8), ProjectionSpec("global", 256), ProjectionSpec("rapidgrad", 512)]
+
+PINNED_BUCKETS = [20279, 38027, 13084, 14924]
+PINNED_SIGNS = [1, -1, 1, 1, -1, 1, -1, 1]
+PINNED_BITS = [True, True, True, True, True, False, False, False]
 
 
 @pytest.fixture(scope="module", params=["base", "adapter"])
@@ -46,13 +52,13 @@ def autograd(model: LoadedModel, example: Example, size: int) -> torch.Tensor:
     for (name, module), grad in zip(modules.items(), grads, strict=True):
         module.weight.requires_grad_(False)
         d_out, d_in = out_in(module)
-        p_out, p_in = signs(name, "out", d_out, size, 0).double(), signs(name, "in", d_in, size, 0).double()
+        p_out, p_in = (side_matrix(name, side, d, size, 0).double() for side, d in (("out", d_out), ("in", d_in)))
         blocks.append((p_out @ grad @ p_in.T).flatten())
     return torch.cat(blocks)
 
 
 def test_projected_gradients_are_those_of_autograd(model: LoadedModel, examples: list[Example]) -> None:
-    plan = layout(model, ProjectionSpec(size=8))
+    plan = plan_for(model, ProjectionSpec(size=8))
     fast = gradients(model, model.checkpoints[0], plan, examples).vectors
     for vector, example in zip(fast, examples, strict=True):
         exact = autograd(model, example, 8).float()
@@ -61,17 +67,22 @@ def test_projected_gradients_are_those_of_autograd(model: LoadedModel, examples:
 
 
 def test_gradients_do_not_depend_on_batch_mates(model: LoadedModel, examples: list[Example]) -> None:
-    plan = layout(model, ProjectionSpec(size=8))
+    plan = plan_for(model, ProjectionSpec(size=8))
     together = gradients(model, model.checkpoints[0], plan, examples).vectors
     for number, example in enumerate(examples):
         alone = gradients(model, model.checkpoints[0], plan, [example]).vectors[0]
         assert (together[number] - alone).norm() <= 1e-5 * alone.norm()
 
 
-def test_token_gradients_average_to_the_row(model: LoadedModel, examples: list[Example]) -> None:
-    plan = layout(model, ProjectionSpec(size=8))
-    row = gradients(model, model.checkpoints[0], plan, examples[:1]).vectors[0]
-    tokens = token_gradients(model, model.checkpoints[0], plan, examples[0])
+@pytest.mark.parametrize("normalisation", ["none", "layer"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_token_gradients_average_to_the_row(
+    model: LoadedModel, examples: list[Example], spec: ProjectionSpec, normalisation: str
+) -> None:
+    plan = plan_for(model, spec, normalisation)
+    found = gradients(model, model.checkpoints[0], plan, examples[:1])
+    row = found.vectors[0]
+    tokens = token_gradients(model, model.checkpoints[0], plan, examples[0], found.divisors[0])
     assert len(tokens) == len(examples[0].positions)
     assert (tokens.mean(0) - row).norm() <= 1e-5 * row.norm()
 
@@ -94,3 +105,61 @@ def test_a_prefix_of_the_projection_does_not_depend_on_its_size() -> None:
     small, large = signs("m", "in", 100, 4, 7), signs("m", "in", 100, 16, 7)
     assert torch.equal(small * 4**0.5, large[:4] * 16**0.5)
     assert not torch.equal(small, signs("m", "in", 100, 4, 8))
+
+
+@pytest.mark.parametrize("normalisation", ["none", "layer"])
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_nudged_forwards_give_the_scores_of_token_gradients(
+    model: LoadedModel, examples: list[Example], spec: ProjectionSpec, normalisation: str
+) -> None:
+    plan, checkpoint = plan_for(model, spec, normalisation), model.checkpoints[0]
+    found = gradients(model, checkpoint, plan, examples)
+    directions = found.vectors / found.vectors.norm(dim=1, keepdim=True)
+    for example, divisors in zip(examples, found.divisors, strict=True):
+        exact = directions @ token_gradients(model, checkpoint, plan, example, divisors).T
+        fast = torch.stack(token_scores(model, checkpoint, plan, [example], directions, divisors[None]))
+        assert (fast - exact).abs().max() <= 2e-3 * exact.abs().max()
+    own = token_scores(model, checkpoint, plan, examples, directions, found.divisors)
+    alone = token_scores(model, checkpoint, plan, examples[1:2], directions[1:2], found.divisors[1:2])
+    assert (own[1] - alone[0]).abs().max() <= 2e-3 * alone[0].abs().max()
+
+
+@pytest.mark.parametrize(
+    "spec", [ProjectionSpec("kronecker", 8), ProjectionSpec("global", 64), ProjectionSpec("rapidgrad", 64)]
+)
+@pytest.mark.parametrize("dim", [32, 24])  # with 32 the module has a power of two of coordinates
+def test_every_sketch_is_unbiased_and_mixes(spec: ProjectionSpec, dim: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    acts = torch.randn(2, 3, dim, generator=generator)
+    grads = torch.zeros(2, 3, dim)
+    grads[..., :2] = torch.randn(2, 3, 2, generator=generator)  # concentrated in two rows of the gradient
+    exact = torch.einsum("bso,bsi->boi", grads, acts).flatten(1)
+    products = []
+    for seed in range(400):
+        made = sketch(ProjectionSpec(spec.kind, spec.size, seed), "m", dim, dim, 0)
+        left, right = made.project(made.keep(acts), grads)
+        products.append(left @ right)
+    estimates = torch.stack(products)
+    assert (estimates.mean() - exact[0] @ exact[1]).abs() <= 4 * estimates.std() / 400**0.5
+    if spec.kind == "rapidgrad":  # the variance of an ideal count-sketch, which the published shuffle does not reach
+        a, b = exact
+        ideal = ((a @ a) * (b @ b) + (a @ b) ** 2 - 2 * (a * b).square().sum()) / spec.size
+        assert 0.7 <= estimates.var() / ideal <= 1.4
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.kind)
+def test_a_nudge_is_the_transposed_sketch(spec: ProjectionSpec) -> None:
+    torch.manual_seed(0)
+    made = sketch(spec, "m", 12, 20, 0)
+    acts, grads = torch.randn(2, 3, 20), torch.randn(2, 3, 12)
+    vectors = made.project(made.keep(acts), grads)
+    directions = torch.randn_like(vectors)
+    assert torch.allclose((vectors * directions).sum(1), (made.nudge(acts, directions) * grads).sum((1, 2)), rtol=1e-4)
+
+
+def test_the_sketches_are_pinned() -> None:
+    """The numbers that indexes on disk were made with: changing them orphans every index."""
+    made = sketch(ProjectionSpec("rapidgrad", 65536, 3), "m", 5, 7, 0)
+    assert made.buckets[:4].tolist() == PINNED_BUCKETS  # type: ignore[attr-defined]
+    assert made.signs[:8].tolist() == PINNED_SIGNS  # type: ignore[attr-defined]
+    assert (signs("m", "in", 8, 1, 3) > 0).flatten().tolist() == PINNED_BITS

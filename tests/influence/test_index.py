@@ -7,7 +7,7 @@ import torch
 
 from app.influence.corpus import Encoder, Message, Row, parse_row
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
-from app.influence.gradients import gradients, layout
+from app.influence.gradients import gradients, plan_for
 from app.influence.index import IndexSpec, ProjectionSpec, append, build, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.retrieval import Options, Query, influence
@@ -42,7 +42,7 @@ def test_scores_are_those_of_the_gradients(path: Path, model: LoadedModel, rows:
     index = open_index(path)
     query = Query((Message("user", "Question 3?"),), "word 3")
     encoder = Encoder(model.tokenizer)
-    plan = layout(model, SPEC.projection)
+    plan = plan_for(model, SPEC.projection)
     examples = [encoder.encode(row) for row in rows] + [encoder.encode_query(query.messages, query.generation)[0]]
     vectors = gradients(model, model.checkpoints[0], plan, examples).vectors
     if normalize == "unit":
