@@ -124,7 +124,8 @@ class Kronecker:
     def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         """P_out^T D P_in a_s: a weight of rank p, never formed."""
         blocks = directions.to(acts).unflatten(1, (self.p_out.shape[0], self.p_in.shape[0]))
-        return (self.keep(acts) @ blocks.transpose(1, 2)) @ self.p_out.to(acts)
+        nudged: torch.Tensor = (self.keep(acts) @ blocks.transpose(1, 2)) @ self.p_out.to(acts)
+        return nudged
 
 
 class CountSketch:
