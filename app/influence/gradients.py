@@ -72,7 +72,7 @@ def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: 
         modules = model.activate(checkpoint)
         capture = _Capture(model, plan, len(examples), None)
         with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
-            losses = _losses(model, examples)
+            losses = target_losses(model, examples)
             torch.stack([loss.mean() for loss in losses]).sum().backward()  # a sum: never the mean over a batch
     return Gradients(capture.vectors, [loss.detach() for loss in losses], capture.divisors)
 
@@ -89,7 +89,7 @@ def token_gradients(
         modules = model.activate(checkpoint)
         capture = _Capture(model, plan, 1, divisors[None])
         with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
-            (losses,) = _losses(model, [example])
+            (losses,) = target_losses(model, [example])
             for number, loss in enumerate(losses):
                 capture.vectors = torch.zeros_like(capture.vectors)
                 loss.backward(retain_graph=number + 1 < len(losses))
@@ -130,10 +130,9 @@ def token_scores(
     with model.lock, torch.no_grad():
         modules = model.activate(checkpoint)
         with _hooked(model, dict.fromkeys(modules, measure), modules):
-            _losses(model, examples)
+            target_losses(model, examples)
         if sizes[1] == 0:  # no direction at all: nothing changes along it
             return [torch.zeros(len(example.positions)) for example in copies]
-        # Rounding is the enemy in float32 only; where it is not, a smaller step is a better quotient.
         step = NUDGE * float((sizes[0] / sizes[1]).sqrt())
 
         def nudged(sign: int) -> list[torch.Tensor]:
@@ -141,7 +140,7 @@ def token_scores(
                 return output + plan.sketches[name].nudge(acts, parts[name]) * (sign * step)
 
             with _hooked(model, dict.fromkeys(modules, hook), modules):
-                return _losses(model, copies)
+                return target_losses(model, copies)
 
         return [(up - down) / (2 * step) for up, down in zip(nudged(1), nudged(-1), strict=True)]
 
@@ -150,7 +149,7 @@ def losses(model: LoadedModel, checkpoint: Checkpoint, examples: Sequence[Exampl
     """The loss of each target of each example, without gradients."""
     with model.lock, torch.no_grad():
         model.activate(checkpoint)
-        return _losses(model, examples)
+        return target_losses(model, examples)
 
 
 class _Capture:
@@ -212,7 +211,7 @@ def _hooked(
             handle.remove()
 
 
-def _losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
+def target_losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
     """The loss of each target. The output embedding runs on the targets' positions alone."""
     length = max(len(example.ids) for example in examples)
     device = model.spec.device

@@ -113,7 +113,7 @@ def build(
     for checkpoint in model.checkpoints if heldout else ():
         examples = [encoder.encode(row) for row in heldout]
         means: list[float] = []
-        for batch in _batches(examples, spec.token_budget):
+        for batch in batches(examples, spec.token_budget):
             means += [float(loss.mean()) for loss in losses(model, checkpoint, [examples[i] for i in batch])]
             yield Progress("heldout", len(means), len(examples), 0, 0)
         held.append(float(np.mean(means)))
@@ -324,7 +324,7 @@ def _shards(
             norms = torch.zeros(len(part), many)
             loss = torch.zeros(len(part), many)
             for at, checkpoint in enumerate(model.checkpoints):
-                for batch in _batches(part, spec.token_budget):
+                for batch in batches(part, spec.token_budget):
                     found = gradients(model, checkpoint, plan, [part[i] for i in batch])
                     units, lengths = unit(found.vectors.float().cpu())
                     vectors[batch, at * plan.width : (at + 1) * plan.width] = units
@@ -401,7 +401,7 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _batches(examples: Sequence[Example], budget: int) -> list[list[int]]:
+def batches(examples: Sequence[Example], budget: int) -> list[list[int]]:
     """Rows of similar length together, each batch within the budget of padded tokens (or one row)."""
     batches: list[list[int]] = []
     for i in sorted(range(len(examples)), key=lambda i: (-len(examples[i].ids), i)):

@@ -26,7 +26,10 @@ from app.influence.errors import ModelError
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """One point of a training run: an adapter over the base (or the base itself) and its TracIn-CP weight."""
+    """One point of a training run and its TracIn-CP weight.
+
+    It is an adapter over the base, or a whole `model` folder of the same architecture, or (neither) the base itself.
+    """
 
     name: str
     adapter: Path | None = None
@@ -67,15 +70,17 @@ class SkippedModule:
 class LoadedModel:
     """A frozen model in evaluation mode. Hold `lock` for every use: hooks and the active adapter live on it."""
 
-    def __init__(self, spec: ModelSpec, model: Any, tokenizer: Any, fingerprint: dict[str, str]) -> None:
-        self.spec, self.model, self.tokenizer, self.fingerprint = spec, model, tokenizer, fingerprint
+    def __init__(self, spec: ModelSpec, models: dict[str, Any], tokenizer: Any, fingerprint: dict[str, str]) -> None:
+        self.spec, self.models, self.tokenizer, self.fingerprint = spec, models, tokenizer, fingerprint
+        self.model = models[spec.checkpoints[-1].name]
         self.checkpoints = spec.checkpoints
         self.lock = threading.RLock()
-        self.context_length = int(getattr(model.config, "max_position_embeddings", 0) or 4096)
+        self.context_length = int(getattr(self.model.config, "max_position_embeddings", 0) or 4096)
         self.attributed, self.skipped = _modules(self)
 
     def activate(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
         """Make a checkpoint the one that runs; its attributed modules by name."""
+        self.model = self.models[checkpoint.name]
         if checkpoint.adapter is not None:
             self.model.set_adapter(checkpoint.name)
             self.model.requires_grad_(False)  # set_adapter makes the adapter trainable; no weight gradient is wanted
@@ -117,36 +122,52 @@ def load(spec: ModelSpec) -> LoadedModel:
         raise ModelError("each checkpoint needs a name of its own", field="checkpoints")
     for number, checkpoint in enumerate(spec.checkpoints):
         if checkpoint.model is not None:
-            raise ModelError(
-                "checkpoints that are whole models are not supported yet; use adapters",
-                field=f"checkpoints.{number}.model",
-            )
+            if checkpoint.adapter is not None:
+                detail = "a checkpoint is an adapter or a whole model, not both"
+                raise ModelError(detail, field=f"checkpoints.{number}")
+            _check_folder(checkpoint.model, f"checkpoints.{number}.model")
         if not math.isfinite(checkpoint.weight) or checkpoint.weight <= 0:
             raise ModelError("a checkpoint's weight is a positive number", field=f"checkpoints.{number}.weight")
         if checkpoint.adapter is not None:
             _check_folder(checkpoint.adapter, f"checkpoints.{number}.adapter", weights="adapter_model.safetensors")
+    base = _read(spec.path, spec, "path", spec.gguf_file)
     try:
-        extra = {"gguf_file": spec.gguf_file} if spec.gguf_file else {"use_safetensors": True}
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            spec.path, dtype=getattr(torch, spec.dtype), local_files_only=True, trust_remote_code=False, **extra
-        )
         tokenizer = AutoTokenizer.from_pretrained(
             spec.path,
             local_files_only=True,
             trust_remote_code=False,
             **({"gguf_file": spec.gguf_file} if spec.gguf_file else {}),
         )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model cannot be loaded: {_short(error)}", field="path") from error
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(f"the tokenizer cannot be loaded: {_short(error)}", field="path") from error
     adapters = [c for c in spec.checkpoints if c.adapter is not None]
+    if adapters and any(c.adapter is None and c.model is None for c in spec.checkpoints):
+        raise ModelError(
+            "the base itself is no checkpoint beside its adapters: it attributes other modules", field="checkpoints"
+        )
     if adapters:
-        model = _with_adapters(model, adapters)
-    model.requires_grad_(False)
-    model.eval().to(spec.device)
-    for name, parameter in model.named_parameters():
-        if not torch.isfinite(parameter).all():
-            raise ModelError(f"the weights hold NaN or infinite values, first in {name}", field="path")
-    return LoadedModel(spec, model, tokenizer, _fingerprint(spec, tokenizer))
+        base = _with_adapters(base, adapters)
+    models = {
+        c.name: base if c.model is None else _read(c.model, spec, f"checkpoints.{number}.model")
+        for number, c in enumerate(spec.checkpoints)
+    }
+    for model in models.values():
+        model.requires_grad_(False)
+        model.eval().to(spec.device)
+        for name, parameter in model.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise ModelError(f"the weights hold NaN or infinite values, first in {name}", field="path")
+    return LoadedModel(spec, models, tokenizer, _fingerprint(spec, tokenizer))
+
+
+def _read(path: Path, spec: ModelSpec, field: str, gguf_file: str | None = None) -> Any:
+    extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path, dtype=getattr(torch, spec.dtype), local_files_only=True, trust_remote_code=False, **extra
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+        raise ModelError(f"the model cannot be loaded: {_short(error)}", field=field) from error
 
 
 def _with_adapters(model: Any, adapters: Sequence[Checkpoint]) -> Any:
@@ -205,7 +226,7 @@ def _attributed(model: nn.Module, checkpoint: Checkpoint) -> dict[str, nn.Module
 def _modules(loaded: LoadedModel) -> tuple[tuple[ModuleInfo, ...], tuple[SkippedModule, ...]]:
     per_checkpoint = []
     for checkpoint in loaded.checkpoints:
-        found = _attributed(loaded.model, checkpoint)
+        found = _attributed(loaded.models[checkpoint.name], checkpoint)
         infos = [ModuleInfo(name, type(m).__name__, *reversed(out_in(m))) for name, m in found.items()]
         per_checkpoint.append(tuple(infos))
     if any(infos != per_checkpoint[0] for infos in per_checkpoint):
@@ -214,7 +235,7 @@ def _modules(loaded: LoadedModel) -> tuple[tuple[ModuleInfo, ...], tuple[Skipped
         )
     if not per_checkpoint[0]:
         raise ModelError("no module can be attributed: neither LoRA A and B nor linear modules", field="path")
-    taken = {id(m) for c in loaded.checkpoints for m in _attributed(loaded.model, c).values()}
+    taken = {id(m) for c in loaded.checkpoints for m in _attributed(loaded.models[c.name], c).values()}
     skipped = []
     for name, module in loaded.model.named_modules():
         if id(module) in taken or not any(True for _ in module.parameters(recurse=False)):
@@ -246,6 +267,9 @@ def _fingerprint(spec: ModelSpec, tokenizer: Any) -> dict[str, str]:
         if checkpoint.adapter is not None:
             adapter = [checkpoint.adapter / "adapter_config.json", checkpoint.adapter / "adapter_model.safetensors"]
             prints[f"adapter:{checkpoint.name}"] = _hash_files(adapter)
+        if checkpoint.model is not None:
+            weights = [checkpoint.model / "config.json", *sorted(checkpoint.model.glob("*.safetensors"))]
+            prints[f"model:{checkpoint.name}"] = _hash_files(weights)
     vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=False)
     prints["tokenizer"] = hashlib.sha256(vocabulary.encode("utf-8", "surrogatepass")).hexdigest()
     prints["chat_template"] = hashlib.sha256(str(tokenizer.chat_template or "").encode()).hexdigest()

@@ -1,9 +1,11 @@
 """The index: equal to the exact scores, resumable, and honest about damage."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from app.influence.corpus import Encoder, Message, Row, parse_row
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
@@ -17,8 +19,7 @@ SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=5, token_budget=200)
 
 @pytest.fixture(scope="module")
 def model(tiny_model_dir: Path, tiny_adapter_dir: Path) -> LoadedModel:
-    checkpoints = (Checkpoint("early", tiny_adapter_dir, weight=0.5), Checkpoint("base", None))
-    return load(ModelSpec(tiny_model_dir, checkpoints=checkpoints[:1]))
+    return load(ModelSpec(tiny_model_dir, checkpoints=(Checkpoint("early", tiny_adapter_dir, weight=0.5),)))
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +130,50 @@ def test_a_generation_that_cannot_be_attributed_is_refused(
     query = Query((Message("user", "Who?"),), text, span)
     with pytest.raises(QueryError):
         influence(model, open_index(path), [query], Options(), lambda _: pytest.fail("not asked"))
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["adapters", "models"])
+@pytest.mark.parametrize("normalize", ["none", "unit"])
+def test_checkpoints_add_up_by_their_weights(
+    tmp_path: Path, tiny_model_dir: Path, tiny_adapter_dir: Path, rows: list[Row], whole: bool, normalize: str
+) -> None:
+    def other(path: Path, folder: Path) -> Path:
+        """The same, a little further on."""
+        shutil.copytree(path, folder)
+        file = next(folder.glob("*.safetensors"))
+        save_file({name: 1.1 * tensor for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+        return folder
+
+    if whole:
+        two = (
+            Checkpoint("a", model=tiny_model_dir),
+            Checkpoint("b", model=other(tiny_model_dir, tmp_path / "m"), weight=3),
+        )
+    else:
+        two = (Checkpoint("a", tiny_adapter_dir), Checkpoint("b", other(tiny_adapter_dir, tmp_path / "m"), weight=3))
+    query = Query((Message("user", "Question 3?"),), "word 3 and more")
+    options = Options(len(rows), "query", normalize=normalize)  # type: ignore[arg-type]
+    scores = []
+    for checkpoints in (two[:1], two[1:], two):
+        model = load(ModelSpec(tiny_model_dir, checkpoints=checkpoints))
+        path = tmp_path / "-".join(c.name for c in checkpoints)
+        list(build(path, model, rows, SPEC, rows[:3]))
+        index = open_index(path)
+        assert all("heldout_loss" in c for c in index.manifest.checkpoints)
+        (answer,) = influence(model, index, [query], options, rows.__getitem__)  # type: ignore[arg-type]
+        scores.append({hit.id: torch.tensor([hit.score, *(hit.token_scores or [])]) for hit in answer.proponents})
+    first, second, both = scores
+    largest = max(float(one.abs().max()) for one in both.values())
+    for row in rows:  # the weights are in each index's scores already
+        assert (first[row.id] + second[row.id] - both[row.id]).abs().max() <= 1e-2 * largest
+
+
+def test_an_over_fitted_checkpoint_is_reported(tmp_path: Path, tiny_model_dir: Path, rows: list[Row]) -> None:
+    trained = parse_row({"prompt": "Where?", "response": "north of the hill, so they say"})  # as conftest trains it
+    model = load(ModelSpec(tiny_model_dir))
+    list(build(tmp_path / "i", model, [trained], SPEC, rows))
+    index = open_index(tmp_path / "i")
+    assert any("over-fitted" in warning for warning in index.manifest.warnings)
+    query = Query((Message("user", "Question?"),), "word 3")
+    (answer,) = influence(model, index, [query], Options(tokens="none"), rows.__getitem__)  # type: ignore[arg-type]
+    assert any("over-fitted" in w for w in answer.warnings) and any("loss" in w for w in answer.warnings)
