@@ -407,13 +407,10 @@ class Encoder:
                 spans.append((start, len(text)))
                 break
             text = self._apply(messages[: number + 1])
-            at = text.find(message.content.strip(), min(start, len(text)))
-            if at < 0 or not text.startswith(before.rstrip()[: len(before.rstrip())]):
-                raise RowError(
-                    "the tokenizer's chat template rewrites earlier turns, so the response cannot be located",
-                    field="messages",
-                )
-            spans.append((min(at, start), len(text.rstrip())))
+            if not text.startswith(before.rstrip()) or message.content.strip() not in text[start:]:
+                detail = "the tokenizer's chat template rewrites earlier turns, so the response cannot be located"
+                raise RowError(detail, field="messages")
+            spans.append((start, len(text.rstrip())))
         return text, spans
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,14 +41,18 @@ class Plan:
 
 
 def plan_for(model: LoadedModel, spec: ProjectionSpec, normalisation: str = "none") -> Plan:
-    """The sketches of all attributed modules, in the model's order."""
+    """The sketches of all attributed modules, in the model's order; made once a model, since hashing takes a while."""
+    key = (spec, normalisation)
+    if key in model.plans:
+        return cast(Plan, model.plans[key])
     sketches: dict[str, Sketch] = {}
     end = 0
     for module in model.attributed:
-        made = sketch(spec, module.name, module.d_out, module.d_in, end)
+        made = sketch(spec, module.name, module.d_out, module.d_in, end).to(model.spec.device)
         sketches[module.name] = made
         end = max(end, made.place.stop)
-    return Plan(sketches, end, normalisation == "layer")
+    plan = model.plans[key] = Plan(sketches, end, normalisation == "layer")
+    return plan
 
 
 @dataclass(frozen=True)

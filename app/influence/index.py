@@ -31,10 +31,24 @@ from app.influence.gradients import gradients, losses, plan_for
 from app.influence.models import LoadedModel
 from app.influence.projection import ProjectionSpec
 
-__all__ = ["Index", "IndexSpec", "Manifest", "Progress", "ProjectionSpec", "append", "build", "delete", "open_index"]
+__all__ = [
+    "Index",
+    "IndexSpec",
+    "Manifest",
+    "Progress",
+    "ProjectionSpec",
+    "Ranked",
+    "append",
+    "build",
+    "delete",
+    "open_index",
+]
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side in several files
+SHARD_NUMBERS = 2**27  # float32 numbers of a shard while it is collected (512 MiB)
+FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
 UNRELIABLE = 0.5  # training loss below this share of the held-out loss: METHODS, "Which checkpoint, and which query"
 
 
@@ -129,6 +143,13 @@ def build(
                     f"{held[number]:.2f}): its attributions may have lost the trail; add an earlier checkpoint"
                 )
         checkpoints.append(one)
+    stats = _stats(shards)
+    if stats["truncated_rows"]:
+        warnings.append(
+            f"{stats['truncated_rows']} rows were cut at {spec.max_length} tokens: what lies beyond is not attributed"
+        )
+    if stats["flagged"]:
+        warnings.append(f"{stats['flagged']} rows have a zero or non-finite gradient and are never found")
     manifest = Manifest(
         spec=asdict(spec),
         width=plan_for(model, spec.projection).width,
@@ -138,7 +159,7 @@ def build(
         skipped=[asdict(module) for module in model.skipped],
         shards=shards,
         deleted=[],
-        stats=_stats(shards),
+        stats=stats,
         warnings=warnings,
         versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
     )
@@ -183,14 +204,23 @@ def delete(path: Path, ids: Collection[str]) -> int:
 
 @dataclass(frozen=True)
 class Shard:
-    """One mapped shard. `codes` [rows, checkpoints * width] fp16 is a view of the file."""
+    """One mapped shard. `codes` are views of the files: fp16 unit vectors, checkpoint beside checkpoint."""
 
     name: str
-    index: Any
-    codes: NDArray[np.float16]
+    parts: list[Any]  # FAISS indexes of the columns 0 to LONGEST, LONGEST to 2 LONGEST, ...
+    codes: list[NDArray[np.float16]]  # the same columns: [rows, columns]
     ids: list[str]
     norms: NDArray[np.float32]  # [rows, checkpoints]
     live: NDArray[np.bool_]  # neither deleted nor flagged
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A row found; `below` is the share of the index's rows, in percent, that rank below it."""
+
+    id: str
+    score: float
+    below: float
 
 
 class Index:
@@ -226,23 +256,68 @@ class Index:
         Returns:
             [queries, rows]
         """
-        width, parts = self.manifest.width, []
+        found = []
         for shard in self.shards:
-            codes = torch.from_numpy(shard.codes)
-            block = torch.empty(min(len(codes), 256), codes.shape[1])
-            found = torch.empty(len(vectors), len(codes))
-            for start in range(0, len(codes), len(block)):
-                part = block[: len(codes) - start]
-                part.copy_(codes[start : start + len(part)])
-                if normalize == "none":
-                    norms = torch.from_numpy(shard.norms[start : start + len(part)])
-                    part.view(len(part), -1, width).mul_(norms.unsqueeze(2))
-                found[:, start : start + len(part)] = vectors @ part.T
-            parts.append(found[:, torch.from_numpy(shard.live)])
-        return torch.cat(parts, 1)
+            scores = torch.zeros(len(vectors), len(shard.ids))
+            for part, codes in enumerate(shard.codes):
+                self._scan(shard, torch.from_numpy(codes), part * LONGEST, vectors, normalize, scores)
+            found.append(scores[:, torch.from_numpy(shard.live)])
+        return torch.cat(found, 1)
 
-    def search(self, vector: torch.Tensor, k: int) -> list[tuple[str, float]]:
-        """The k rows of the highest cosine, by FAISS; [checkpoints * width] float32."""
+    def _scan(
+        self,
+        shard: Shard,
+        codes: torch.Tensor,
+        first: int,
+        vectors: torch.Tensor,
+        normalize: str,
+        scores: torch.Tensor,
+    ) -> None:
+        """Add the part of the scores that columns from `first` on give, block by block in one re-used buffer."""
+        columns = codes.shape[1]
+        block = torch.empty(max(1, min(len(codes), 2**21 // columns)), columns)
+        of = torch.arange(first, first + columns) // self.manifest.width  # each column's checkpoint
+        query = vectors[:, first : first + columns].T.contiguous()
+        for start in range(0, len(codes), len(block)):
+            part = block[: len(codes) - start]
+            part.copy_(codes[start : start + len(part)])
+            norms = torch.from_numpy(shard.norms[start : start + len(part)])
+            place = slice(start, start + len(part))
+            if normalize == "unit":
+                scores[:, place] += (part @ query).T
+            else:
+                for checkpoint in range(int(of[0]), int(of[-1]) + 1):
+                    mine = of == checkpoint
+                    scores[:, place] += ((part[:, mine] @ query[mine]) * norms[:, [checkpoint]]).T
+
+    def top(
+        self, vectors: torch.Tensor, k: int, normalize: Literal["none", "unit"], largest: bool
+    ) -> list[list[Ranked]]:
+        """The k live rows of the highest (or lowest) score for each query; `vectors` as in `scores`.
+
+        Few queries by cosine are FAISS's, which ranks the stored unit vectors; the rest is the exact block scan.
+        """
+        k = min(k, self.rows)
+        if normalize == "unit" and len(vectors) < FEW and all(len(s.parts) == 1 for s in self.shards):
+            found = [self._search(vector if largest else -vector, k) for vector in vectors]
+            sign = 1 if largest else -1
+            return [
+                [Ranked(row, sign * score, self._below(at, largest)) for at, (row, score) in enumerate(one)]
+                for one in found
+            ]
+        scores, places = self.scores(vectors, normalize).topk(k, largest=largest)
+        return [
+            [Ranked(self.ids[i], s, self._below(at, largest)) for at, (s, i) in enumerate(zip(*one, strict=True))]
+            for one in zip(scores.tolist(), places.tolist(), strict=True)
+        ]
+
+    def _below(self, rank: int, largest: bool) -> float:
+        return 100 * (self.rows - 1 - rank if largest else rank) / self.rows
+
+    def _search(self, vector: torch.Tensor, k: int) -> list[tuple[str, float]]:
+        """FAISS over each shard, merged."""
+        if k == 0:
+            return []
         heap = faiss.ResultHeap(1, k, keep_max=True)
         names: list[str] = []
         query = vector.numpy()[None]
@@ -250,9 +325,11 @@ class Index:
             live = np.flatnonzero(shard.live)
             if len(live) == 0:
                 continue
-            flat = faiss.downcast_index(shard.index.index)
-            selector = faiss.IDSelectorBatch(live)
-            params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
+            flat = faiss.downcast_index(shard.parts[0].index)
+            params = None
+            if len(live) < len(shard.ids):
+                selector = faiss.IDSelectorBatch(live)
+                params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
             found, at = flat.search(query, min(k, len(live)), params=params)
             heap.add_result(found, at + len(names))
             names += shard.ids
@@ -263,7 +340,7 @@ class Index:
         """Stored unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows."""
         place = {r: (s, at) for s in self.shards for at, r in enumerate(s.ids) if s.live[at]}
         found = [place[row] for row in ids]
-        codes = np.stack([s.codes[at] for s, at in found]).astype(np.float32)
+        codes = np.stack([np.concatenate([part[at] for part in s.codes]) for s, at in found]).astype(np.float32)
         return torch.from_numpy(codes), torch.from_numpy(np.stack([s.norms[at] for s, at in found]))
 
 
@@ -279,23 +356,27 @@ def open_index(path: Path, verify: bool = True) -> Index:
     for record in manifest.shards:
         name = record["name"]
         if not _intact(path, record, verify):
-            file = path / "shards" / f"{name}.faiss"
-            if file.exists():
-                file.rename(file.with_suffix(".faiss.corrupt"))
+            for file, _ in record["files"]:
+                if (path / "shards" / file).exists():
+                    (path / "shards" / file).rename(path / "shards" / f"{file}.corrupt")
             detail = (
                 f"shard {name} is not what was written (checksum or size differ); it was set aside, rebuild the index"
             )
             raise IndexCorrupt(detail, shard=name)
-        index: Any = faiss.read_index(str(path / "shards" / f"{name}.faiss"), faiss.IO_FLAG_MMAP_IFC)
-        flat: Any = faiss.downcast_index(index.index)
-        raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
+        parts, codes = [], []
+        for file, _ in record["files"]:
+            index: Any = faiss.read_index(str(path / "shards" / file), faiss.IO_FLAG_MMAP_IFC)
+            flat: Any = faiss.downcast_index(index.index)
+            raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
+            parts.append(index)
+            codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
         side = load_file(path / "shards" / f"{name}.safetensors")
-        numbers = faiss.vector_to_array(index.id_map)
+        numbers = faiss.vector_to_array(parts[0].id_map)
         ids = [f"{int(n):016x}" for n in numbers]
         live = np.array(
             [bool(ok) and f"{name}:{at}" not in deleted for at, ok in enumerate(side["finite"])], dtype=bool
         )
-        shards.append(Shard(name, index, raw.view(np.float16).reshape(flat.ntotal, -1), ids, side["norms"], live))
+        shards.append(Shard(name, parts, codes, ids, side["norms"], live))
     return Index(path, manifest, shards)
 
 
@@ -314,10 +395,11 @@ def _shards(
     many = len(model.checkpoints)
     total_tokens = many * sum(len(example.ids) for example in examples)
     steps, tokens = 0, 0
-    for number, start in enumerate(range(0, len(rows), spec.shard_rows), start=first):
+    shard_rows = min(spec.shard_rows, max(1, SHARD_NUMBERS // (many * plan.width)))
+    for number, start in enumerate(range(0, len(rows), shard_rows), start=first):
         name = f"{number:06d}"
-        part = examples[start : start + spec.shard_rows]
-        ids = [row.number for row in rows[start : start + spec.shard_rows]]
+        part = examples[start : start + shard_rows]
+        ids = [row.number for row in rows[start : start + shard_rows]]
         record = _finished(path, name, ids)
         if record is None:
             vectors = torch.zeros(len(part), many * plan.width)
@@ -354,14 +436,16 @@ def _save(
     finite = torch.isfinite(vectors).all(1) & torch.isfinite(norms).all(1) & (norms > 0).all(1)
     vectors[~finite] = 0
     norms[~finite] = 0
-    flat = faiss.IndexScalarQuantizer(vectors.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
-    index = faiss.IndexIDMap2(flat)
-    index.add_with_ids(vectors.numpy(), np.array(ids, dtype=np.int64))
-    codes = faiss.serialize_index(index).tobytes()
+    files: dict[str, bytes] = {}
+    for part, columns in enumerate(vectors.split(LONGEST, 1)):
+        flat = faiss.IndexScalarQuantizer(columns.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        index = faiss.IndexIDMap2(flat)
+        index.add_with_ids(np.ascontiguousarray(columns.numpy()), np.array(ids, dtype=np.int64))
+        files[f"{name}.faiss" if part == 0 else f"{name}.{part:02d}.faiss"] = faiss.serialize_index(index).tobytes()
     side = save({"norms": norms.numpy(), "loss": loss.numpy(), "finite": finite.numpy().astype(np.uint8)})
     with disk_full_is_named(f"shard {name}"):
-        _write(path / "shards" / f"{name}.faiss", codes)
-        _write(path / "shards" / f"{name}.safetensors", side)
+        for file, content in (*files.items(), (f"{name}.safetensors", side)):
+            _write(path / "shards" / file, content)
         record = {
             "name": name,
             "rows": len(ids),
@@ -371,8 +455,8 @@ def _save(
             "flagged": [f"{n:016x}" for n, ok in zip(ids, finite.tolist(), strict=True) if not ok],
             "loss": [float(x) for x in loss[finite].double().mean(0)] if finite.any() else [0.0] * loss.shape[1],
             "ids": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-            "bytes": len(codes),
-            "sha256": hashlib.sha256(codes).hexdigest(),
+            "bytes": sum(map(len, files.values())),
+            "files": [(file, hashlib.sha256(content).hexdigest()) for file, content in files.items()],
             "sidecar_sha256": hashlib.sha256(side).hexdigest(),
         }
         _write(path / "shards" / f"{name}.json", json.dumps(record).encode())
@@ -390,10 +474,14 @@ def _finished(path: Path, name: str, ids: list[int]) -> dict[str, Any] | None:
 
 
 def _intact(path: Path, record: dict[str, Any], verify: bool) -> bool:
-    codes, side = (path / "shards" / f"{record['name']}{suffix}" for suffix in (".faiss", ".safetensors"))
-    if not codes.is_file() or not side.is_file() or codes.stat().st_size != record["bytes"]:
+    files = {path / "shards" / file: digest for file, digest in record["files"]}
+    side = path / "shards" / f"{record['name']}.safetensors"
+    if not side.is_file() or not all(file.is_file() for file in files):
         return False
-    return not verify or (_sha256(codes) == record["sha256"] and _sha256(side) == record["sidecar_sha256"])
+    if sum(file.stat().st_size for file in files) != record["bytes"]:
+        return False
+    files[side] = record["sidecar_sha256"]
+    return not verify or all(_sha256(file) == digest for file, digest in files.items())
 
 
 def _sha256(file: Path) -> str:

@@ -75,6 +75,7 @@ class LoadedModel:
         self.model = models[spec.checkpoints[-1].name]
         self.checkpoints = spec.checkpoints
         self.lock = threading.RLock()
+        self.plans: dict[Any, Any] = {}  # projections, kept by `gradients.plan_for`
         self.context_length = int(getattr(self.model.config, "max_position_embeddings", 0) or 4096)
         self.attributed, self.skipped = _modules(self)
 

@@ -54,6 +54,9 @@ class Sketch(Protocol):
 
     place: slice
 
+    def to(self, device: str) -> Sketch:
+        """The same on a device."""
+
     def keep(self, acts: torch.Tensor) -> torch.Tensor:
         """What of the inputs [batch, seq, d_in] is needed in the backward pass."""
 
@@ -112,6 +115,10 @@ class Kronecker:
     p_in: torch.Tensor  # [p_in, d_in]
     place: slice
 
+    def to(self, device: str) -> Kronecker:
+        """The same on a device."""
+        return Kronecker(self.p_out.to(device), self.p_in.to(device), self.place)
+
     def keep(self, acts: torch.Tensor) -> torch.Tensor:
         """[batch, seq, p_in]"""
         kept: torch.Tensor = acts @ self.p_in.to(acts).T
@@ -141,6 +148,11 @@ class CountSketch:
         self.buckets = ((high * size) >> 32).to(torch.int32)  # Lemire's range reduction: 32 + 24 bits fit in 63
         self.signs = ((low >> 31) * 2 - 1).to(torch.int8)
 
+    def to(self, device: str) -> CountSketch:
+        """The same on a device."""
+        self.buckets, self.signs = self.buckets.to(device), self.signs.to(device)
+        return self
+
     def keep(self, acts: torch.Tensor) -> torch.Tensor:
         """All of it."""
         return acts
@@ -148,21 +160,16 @@ class CountSketch:
     def project(self, kept: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         """[batch, K]"""
         found = torch.zeros(len(grads), self.size, dtype=grads.dtype, device=grads.device)
-        buckets, signs = self._on(grads)
+        signs = self.signs.to(grads.dtype)
         for row, (a, d) in enumerate(zip(kept, grads, strict=True)):
-            found[row].index_add_(0, buckets, (d.T @ a).flatten() * signs)
+            found[row].index_add_(0, self.buckets, (d.T @ a).flatten() * signs)
         return found
 
     def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         """S^T(D) a_s"""
-        buckets, signs = self._on(acts)
-        weights = (directions.to(acts)[:, buckets] * signs).unflatten(1, self.shape)
+        weights = (directions.to(acts)[:, self.buckets] * self.signs.to(acts.dtype)).unflatten(1, self.shape)
         nudged: torch.Tensor = acts @ weights.transpose(1, 2)
         return nudged
-
-    def _on(self, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        self.buckets, self.signs = self.buckets.to(like.device), self.signs.to(like.device)
-        return self.buckets, self.signs.to(like.dtype)
 
 
 def _hash32(counter: torch.Tensor, first: int, second: int) -> torch.Tensor:

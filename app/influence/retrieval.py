@@ -132,20 +132,23 @@ def influence(
     if not torch.isfinite(vectors).all():
         raise QueryError("the gradient of the generation is not finite", field="generation")
     with _timed(timings, "search"):
-        scores = index.scores(vectors, options.normalize)
+        wanted = {
+            "proponents": options.direction != "opponents",
+            "opponents": options.direction != "proponents",
+        }
+        ranked = {
+            name: index.top(vectors, options.top_k, options.normalize, name == "proponents")
+            for name, asked_for in wanted.items()
+            if asked_for
+        }
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
         route: Route | None = None
-        ranked = scores[number].argsort(descending=True, stable=True).tolist()
-        k = min(options.top_k, len(ranked))
-        top = ranked[:k] if options.direction != "opponents" else []
-        bottom = ranked[::-1][:k] if options.direction != "proponents" else []
-
-        def hit(at: int, row: torch.Tensor = scores[number]) -> Hit:
-            return Hit(index.ids[at], float(row[at]), 100 * float((row < row[at]).float().mean()))
-
-        proponents, opponents = [hit(at) for at in top], [hit(at) for at in bottom]
+        proponents, opponents = (
+            [Hit(row.id, row.score, row.below) for row in ranked[name][number]] if name in ranked else []
+            for name in ("proponents", "opponents")
+        )
         hits = [*proponents, *opponents]
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):

@@ -7,10 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from app.influence import index as index_module
 from app.influence.corpus import Encoder, Message, Row, parse_row
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
 from app.influence.gradients import gradients, plan_for
-from app.influence.index import IndexSpec, ProjectionSpec, append, build, delete, open_index
+from app.influence.index import FEW, IndexSpec, ProjectionSpec, append, build, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.retrieval import Options, Query, influence
 
@@ -59,8 +60,14 @@ def test_faiss_agrees_with_the_block_scan(path: Path, model: LoadedModel) -> Non
     index = open_index(path)
     vector = torch.randn(index.manifest.width)
     scores = index.scores(vector[None], "unit")[0]
-    best = [index.ids[i] for i in scores.argsort(descending=True)[:7]]
-    assert [row for row, _ in index.search(vector, 7)] == best
+    order = scores.argsort(descending=True).tolist()
+    for largest, places in ((True, order[:7]), (False, order[::-1][:7])):
+        by_faiss = index.top(vector[None], 7, "unit", largest)[0]
+        by_scan = index.top(vector.repeat(FEW, 1), 7, "unit", largest)[-1]
+        assert [row.id for row in by_faiss] == [row.id for row in by_scan] == [index.ids[i] for i in places]
+        for one, other in zip(by_faiss, by_scan, strict=True):
+            assert one.score == pytest.approx(other.score, rel=1e-4) and one.below == other.below
+    assert index.top(vector[None], 1, "unit", True)[0][0].below == pytest.approx(100 * 11 / 12)
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer"])
@@ -177,3 +184,25 @@ def test_an_over_fitted_checkpoint_is_reported(tmp_path: Path, tiny_model_dir: P
     query = Query((Message("user", "Question?"),), "word 3")
     (answer,) = influence(model, index, [query], Options(tokens="none"), rows.__getitem__)  # type: ignore[arg-type]
     assert any("over-fitted" in w for w in answer.warnings) and any("loss" in w for w in answer.warnings)
+
+
+def test_vectors_longer_than_faiss_reads_lie_in_several_files(
+    tmp_path: Path, path: Path, model: LoadedModel, rows: list[Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = open_index(path)
+    monkeypatch.setattr(index_module, "LONGEST", whole.manifest.width // 3)
+    list(build(tmp_path / "parts", model, rows, SPEC))
+    parts = open_index(tmp_path / "parts")
+    assert len(parts.shards[0].parts) > 2
+    vector = torch.randn(2, whole.manifest.width)
+    for normalize in ("none", "unit"):
+        found = parts.scores(vector, normalize)  # type: ignore[arg-type]
+        assert torch.allclose(found, whole.scores(vector, normalize), rtol=1e-4, atol=1e-5)  # type: ignore[arg-type]
+    assert torch.equal(parts.vectors(parts.ids)[0], whole.vectors(parts.ids)[0])
+
+
+def test_cut_rows_are_reported(tmp_path: Path, model: LoadedModel) -> None:
+    long = parse_row({"prompt": "a", "response": "b " * 200})
+    list(build(tmp_path / "i", model, [long], SPEC))
+    manifest = open_index(tmp_path / "i").manifest
+    assert manifest.stats["truncated_rows"] == 1 and any("cut" in warning for warning in manifest.warnings)
