@@ -26,10 +26,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from app.influence.building import batches, build
 from app.influence.corpus import Encoder, Example, Message, Row, read_rows
 from app.influence.gradients import target_losses
-from app.influence.index import IndexSpec, ProjectionSpec, batches, build, open_index
+from app.influence.index import IndexSpec, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
+from app.influence.projection import ProjectionSpec
 from app.influence.retrieval import Options, Query, influence
 
 ROOT = Path(__file__).resolve().parents[1]

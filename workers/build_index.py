@@ -10,9 +10,9 @@ from app.catalog.catalog import Catalog
 from app.catalog.database import Database
 from app.catalog.tables import IndexRow, Job
 from app.catalog.types import JobState
+from app.influence.building import Progress, append, build
 from app.influence.corpus import Row, row_from_json
 from app.influence.errors import Mismatch
-from app.influence.index import Progress, append, build
 from app.influence.models import LoadedModel
 from app.jobs.compute import Compute
 from app.jobs.progress import Step

@@ -18,8 +18,9 @@ import torch
 from app.influence.corpus import Encoder, Example, Message, Row
 from app.influence.errors import QueryError, SpecError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
-from app.influence.index import Index, ProjectionSpec
+from app.influence.index import Index
 from app.influence.models import Checkpoint, LoadedModel
+from app.influence.projection import ProjectionSpec
 
 Route = Literal["backwards", "nudges"]
 NUDGE_ERROR = 0.02  # of the largest score

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from app.influence.index import IndexSpec, ProjectionSpec
+from app.influence.index import IndexSpec
 from app.influence.models import Checkpoint, ModelSpec
+from app.influence.projection import ProjectionSpec
 
 
 def model_to_json(spec: ModelSpec) -> dict[str, Any]:

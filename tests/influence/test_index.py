@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.influence import index as index_module
+from app.influence.building import append, build
 from app.influence.corpus import Encoder, Message, Row, parse_row
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
 from app.influence.gradients import gradients, plan_for
-from app.influence.index import FEW, IndexSpec, ProjectionSpec, append, build, delete, open_index
+from app.influence.index import FEW, IndexSpec, ProjectionSpec, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.retrieval import Options, Query, influence
 
