@@ -63,15 +63,22 @@ def start(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Callable[[], Service
             one.kill()
 
 
+def files(path: Path) -> dict[str, bytes]:
+    """What an index is on disk."""
+    found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    assert "manifest.json" in found
+    return found
+
+
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_a_build_goes_on_after_the_process_was_ended(
-    start: Callable[[], Service], tiny_model_dir: Path, how: signal.Signals
+    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path, how: signal.Signals
 ) -> None:
     first = start()
     first.api.register(tiny_model_dir)
     must(first.api.upload(jsonl(rows(ROWS))), 201)
     job_id, queued = (first.api.build(name)["job"]["id"] for name in ("idx", "later"))
-    until(lambda: first.api.job(job_id), lambda job: job["progress"] and job["progress"]["done"] >= 8)
+    until(lambda: first.api.job(job_id), lambda job: job["progress"] and job["progress"]["done"] >= 300)  # a shard is finished
     first.kill(how)
 
     second = start()
@@ -83,4 +90,6 @@ def test_a_build_goes_on_after_the_process_was_ended(
     assert must(second.api.get("/indexes/idx"))["rows"] == ROWS
     ask = {"index": "idx", "prompt": rows(1)[0]["prompt"], "generation": rows(1)[0]["response"], "top_k": 1}
     assert must(second.api.post("/influence", json=ask))["proponents"]
-    second.api.wait(queued, "running", "succeeded")
+    second.api.wait(queued)
+    broken, unbroken = (files(tmp_path / "data/indexes" / second.api.job(job)["index"]) for job in (job_id, queued))
+    assert broken == unbroken
