@@ -28,7 +28,7 @@ PINNED_BITS = [True, True, True, True, True, False, False, False]
 
 def gpt2(folder: Path, tokenizer: Path) -> Path:
     """A model of Conv1D modules, whose weights lie transposed, with biases."""
-    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    config = GPT2Config(vocab_size=260, n_embd=32, n_layer=2, n_head=4, n_positions=128)
     torch.manual_seed(2)
     GPT2LMHeadModel(config).save_pretrained(folder)
     AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)

@@ -78,7 +78,9 @@ def test_a_build_goes_on_after_the_process_was_ended(
     first.api.register(tiny_model_dir)
     must(first.api.upload(jsonl(rows(ROWS))), 201)
     job_id, queued = (first.api.build(name)["job"]["id"] for name in ("idx", "later"))
-    until(lambda: first.api.job(job_id), lambda job: job["progress"] and job["progress"]["done"] >= 300)  # a shard is finished
+    until(
+        lambda: first.api.job(job_id), lambda job: job["progress"] and job["progress"]["done"] >= 300
+    )  # a shard is finished
     first.kill(how)
 
     second = start()
