@@ -1,11 +1,12 @@
 """create_app(): wiring only. What each part is, the part says itself."""
 
+import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 import structlog
-import uvicorn
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 
@@ -75,6 +76,7 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             async with database.catalog() as catalog:
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
+            await _sweep(database, settings.indexes_dir)
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )
@@ -99,13 +101,19 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         yield Services(settings, database, compute, service, gatherer, metrics)
 
 
-def main() -> None:
-    """`python -m app.main`: serve on the configured address."""
-    settings = Settings()
-    uvicorn.run(
-        create_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
-    )
+async def _sweep(database: Database, indexes_dir: Path) -> None:
+    """Remove what a crash in the middle of a deletion left: folders of indexes that the catalog does not know.
 
-
-if __name__ == "__main__":
-    main()
+    A catalog without a model has made none of them: then this is the wrong database, and nothing is touched.
+    """
+    folders = await asyncio.to_thread(lambda: list(indexes_dir.glob("idx_*")))  # first: a new index may come between
+    async with database.catalog() as catalog:
+        known, models = await catalog.indexes.ids(), await catalog.models.page(1, None)
+    for folder in folders:
+        if folder.name in known:
+            continue
+        if not models.items:
+            log.warning("a folder of an index that this catalog does not know is left alone", folder=str(folder))
+            continue
+        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
+        log.info("removed the folder of an index that is no more", folder=str(folder))

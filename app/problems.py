@@ -1,8 +1,9 @@
 """Every error leaves as RFC 9457 problem+json, and every translation from exception to status is in this file.
 
 Refusal            raised by the HTTP layer itself: says its own status
-CatalogError       NotFound 404, AlreadyExists 409, Conflict 409
-HeadwaterError     RowError, QueryError, ModelError 422; Mismatch 409; IndexMissing 409; IndexCorrupt 500; DiskFull 507
+CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409
+HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409; DiskFull 507
+IntegrityError     409: somebody else was quicker
 validation         422, one entry a field
 anything else      500 that says nothing but the request's id; the log has the rest
 """
@@ -17,10 +18,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
-from app.catalog.errors import AlreadyExists, CatalogError, Conflict, NotFound
+from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, NotFound
 from app.influence.errors import (
     DiskFull,
     HeadwaterError,
@@ -30,6 +31,7 @@ from app.influence.errors import (
     ModelError,
     QueryError,
     RowError,
+    SpecError,
 )
 
 MEDIA_TYPE = "application/problem+json"
@@ -71,12 +73,14 @@ KINDS: dict[type[Exception], tuple[int, str]] = {
     NotFound: (404, "not-found"),
     AlreadyExists: (409, "already-exists"),
     Conflict: (409, "conflict"),
+    Damaged: (409, "index-corrupt"),
     RowError: (422, "bad-row"),
     QueryError: (422, "bad-query"),
     ModelError: (422, "bad-model"),
+    SpecError: (422, "bad-index"),
     Mismatch: (409, "model-mismatch"),
     IndexMissing: (409, "index-missing"),
-    IndexCorrupt: (500, "index-corrupt"),
+    IndexCorrupt: (409, "index-corrupt"),
     DiskFull: (507, "disk-full"),
 }
 
@@ -95,6 +99,8 @@ def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str] | None]:
             if kind in KINDS:
                 status, slug = KINDS[kind]
                 return make(status, slug, error.detail, one(error.field, error.detail)), None
+    if isinstance(error, IntegrityError):
+        return make(409, "conflict", "another request changed the same thing at this moment: look and try again"), None
     if _is_full_disk(error):
         return make(507, "disk-full", "the disk is full; nothing was kept"), None
     return make(500, "internal", "an unexpected error; the log has it under this request_id"), None
@@ -103,7 +109,7 @@ def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str] | None]:
 def _is_full_disk(error: Exception) -> bool:
     if isinstance(error, OperationalError):  # SQLite has no errno to look at
         return "disk is full" in str(error.orig)
-    return isinstance(error, OSError) and error.errno == errno.ENOSPC
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
 def make(status: int, slug: str, detail: str, errors: Sequence[FieldError] = ()) -> Problem:
@@ -151,5 +157,5 @@ async def _handle(_request: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Make every expected error of the app a problem; the request log does so for the unexpected."""
-    for kind in (Refusal, CatalogError, HeadwaterError, RequestValidationError, HTTPException):
+    for kind in (Refusal, CatalogError, HeadwaterError, IntegrityError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, _handle)

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     max_inline_rows: int = Field(1_000, ge=1, description="Most rows or ids written into one request: 422 above.")
     max_page: int = Field(500, ge=1, description="Largest page of a listing.")
     max_top_k: int = Field(1_000, ge=1, description="Largest top_k of an influence query.")
+    max_token_rows: int = Field(
+        50, ge=1, description="Largest top_k of an influence query with token scores: each sample costs a pass or more."
+    )
     max_query_chars: int = Field(100_000, ge=1, description="Most characters of prompt and generation together.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that the model writes for a query.")
     max_length: int = Field(8_192, ge=1, description="Largest max_length (tokens a row) that an index may ask for.")

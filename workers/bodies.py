@@ -7,7 +7,7 @@ from app.catalog.database import Database
 from app.catalog.types import JobKind
 from app.jobs.compute import Compute
 from app.jobs.runner import Body
-from workers.build_index import AppendSamples, BuildIndex
+from workers.build_index import AppendSamples, BuildIndex, RepairIndex
 
 
 def make_bodies(database: Database, compute: Compute, indexes_dir: Path) -> Mapping[JobKind, Body]:
@@ -15,4 +15,5 @@ def make_bodies(database: Database, compute: Compute, indexes_dir: Path) -> Mapp
     return {
         JobKind.BUILD_INDEX: BuildIndex(database, compute, indexes_dir),
         JobKind.APPEND_SAMPLES: AppendSamples(database, compute, indexes_dir),
+        JobKind.REPAIR_INDEX: RepairIndex(database, compute, indexes_dir),
     }

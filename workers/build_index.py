@@ -1,4 +1,4 @@
-"""Building an index, and adding rows to one: rows from the catalog, gradients from the library, one batch a step."""
+"""Building, extending and repairing an index: rows from the catalog, gradients from the library, one batch a step."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
@@ -8,17 +8,20 @@ from typing import Any
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
+from app.catalog.errors import NotFound
 from app.catalog.tables import IndexRow, Job
 from app.catalog.types import JobState
-from app.influence.building import Progress, append, build
+from app.influence.building import Progress, append, build, repair
 from app.influence.corpus import Row, row_from_json
-from app.influence.errors import Mismatch
+from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch
+from app.influence.index import Manifest, publish, read_manifest
 from app.influence.models import LoadedModel
 from app.jobs.compute import Compute
 from app.jobs.progress import Step
 from app.jobs.specs import index_from_json, model_from_json
 
 Steps = Iterator[Progress]
+DAMAGE = (IndexCorrupt, IndexMissing)
 
 
 class IndexWork:
@@ -43,10 +46,12 @@ class IndexWork:
         finally:
             await self._compute.run(partial(_close, steps))
 
-    async def ended(self, catalog: Catalog, job: Job, state: JobState) -> dict[str, Any]:
+    async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
         """Publish the index with the job's success, or note its failure."""
         if state is not JobState.SUCCEEDED or job.index_id is None:
-            await catalog.indexes.build_ended(job, state)
+            await catalog.indexes.job_ended(job, state)
+            if isinstance(failure, DAMAGE):
+                await catalog.indexes.damaged(job.index_id, failure.detail)
             return {}
         index = await catalog.indexes.get(job.index_id)
         opened = await self._compute.index(self._indexes_dir / index.id, index.version + 1, fresh=True)
@@ -94,13 +99,44 @@ class AppendSamples(IndexWork):
         return partial(append, path, model, await self._rows(job.params["dataset"]))
 
 
+class RepairIndex(IndexWork):
+    """Computes the damaged shards of an index anew; rows that were added stay, rows that were deleted stay away."""
+
+    async def _prepare(self, job: Job, index: IndexRow, path: Path) -> Callable[[], Steps]:
+        model = await self._model(index)
+        loop = asyncio.get_running_loop()
+
+        def row_of(row_id: str) -> Row:  # called in the torch thread, which may wait for the loop
+            return asyncio.run_coroutine_threadsafe(self._row(index, row_id), loop).result()
+
+        def steps() -> Steps:
+            try:
+                read_manifest(path)
+            except DAMAGE:
+                if not index.manifest:
+                    raise
+                publish(path, Manifest(**index.manifest))  # the catalog's copy
+            return repair(path, model, row_of)
+
+        return steps
+
+    async def _row(self, index: IndexRow, row_id: str) -> Row:
+        async with self._database.catalog() as catalog:
+            found = await catalog.datasets.of_index(index.id, [row_id])
+        if row_id not in found:
+            raise NotFound(f"row {row_id} of index {index.name!r} is in no dataset any more", field="index")
+        return row_from_json(found[row_id].record)
+
+
 def _step(progress: Progress) -> Step:
+    weighed = progress.total_tokens > 0
     return Step(
         stage=progress.stage,
         done=progress.rows,
         total=progress.total_rows,
-        work=progress.tokens,
-        total_work=progress.total_tokens,
+        work=progress.tokens if weighed else None,
+        total_work=progress.total_tokens if weighed else None,
+        final=progress.stage == "publish",
     )
 
 

@@ -30,7 +30,7 @@ from app.problems import Refusal
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 DatasetRef = Annotated[str, InPath(description="Id or name of a dataset.", examples=["veld-facts"])]
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 Schema = TypeVar("Schema", bound=BaseModel)
 
 _FILE = {"type": "string", "format": "binary", "description": f"The rows: {', '.join(SUFFIXES)}; text files in UTF-8."}
@@ -90,6 +90,13 @@ async def list_datasets(
 async def get_dataset(dataset: DatasetRef, catalog: Reading) -> DatasetOut:
     """One dataset."""
     return DatasetOut.of(await catalog.datasets.get(dataset))
+
+
+@router.delete("/{dataset}", status_code=204, responses=problems(404, 409))
+async def delete_dataset(dataset: DatasetRef, services: Use) -> None:
+    """Delete a dataset with its samples; refused while an index uses it. A registered file stays where it lies."""
+    async with services.work() as work:
+        await work.catalog.datasets.remove(await work.catalog.datasets.get(dataset))
 
 
 @router.get("/{dataset}/samples", responses=problems(404))

@@ -13,7 +13,7 @@ from app.problems import MEDIA_TYPE, Problem
 REASONS = {
     400: "The body cannot be parsed.",
     404: "There is no such thing.",
-    409: "Its state, or a name that is taken, does not allow this.",
+    409: "Its state, or a name that is taken, does not allow this. `index-corrupt`: a damaged shard; repair the index.",
     413: "Too large.",
     415: "Not a media type that is read here.",
     422: "The request is wrong; `errors` names the fields.",

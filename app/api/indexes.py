@@ -1,7 +1,9 @@
 """Indexes: build (a job), inspect, add and remove rows, delete."""
 
 import asyncio
+import hashlib
 import shutil
+from dataclasses import asdict
 from functools import partial
 from typing import Annotated
 
@@ -23,13 +25,16 @@ from app.api.schemas.indexes import (
 from app.api.schemas.jobs import JobOut
 from app.api.services import Cursor, Limit, Reading, Services, Use
 from app.catalog.catalog import Catalog
-from app.catalog.tables import Dataset, IndexRow, Job
+from app.catalog.tables import INLINE, Dataset, IndexRow, Job
 from app.catalog.types import JobKind, new_id
+from app.influence.errors import SpecError
 from app.influence.index import delete
+from app.jobs.specs import index_from_json
 from app.problems import Refusal
 
 router = APIRouter(prefix="/indexes", tags=["indexes"], route_class=IdempotentRoute)
 IndexRef = Annotated[str, Path(description="Id or name of an index.", examples=["facts"])]
+NO_TEMPLATE = hashlib.sha256(b"").hexdigest()  # in a model's fingerprint: its tokenizer has no chat template
 
 
 @router.post("", status_code=202, responses=problems(404, 409))
@@ -41,8 +46,12 @@ async def create_index(body: IndexIn, services: Use, response: Response) -> Inde
     if body.max_length > services.settings.max_length:
         detail = f"max_length may be at most {services.settings.max_length}"
         raise Refusal(422, "invalid-request", detail, field="max_length")
+    spec = index_from_json(body.model_dump(include={"projection", "normalisation", "template", "max_length"}))
     async with services.work() as work:
         model = await work.catalog.models.get(body.model)
+        if spec.template == "chat" and model.fingerprint.get("chat_template") == NO_TEMPLATE:
+            detail = f"the tokenizer of model {model.name!r} has no chat template: choose alpaca or plain"
+            raise SpecError(detail, field="template")
         dataset = await work.catalog.datasets.get(body.dataset)
         heldout = await work.catalog.datasets.get(body.heldout, "heldout") if body.heldout else None
         index = IndexRow(
@@ -52,7 +61,7 @@ async def create_index(body: IndexIn, services: Use, response: Response) -> Inde
             dataset=dataset,
             dataset_id=dataset.id,
             heldout_id=heldout.id if heldout else None,
-            spec=body.model_dump(include={"projection", "normalisation", "template", "max_length"}),
+            spec={name: value for name, value in asdict(spec).items() if name in IndexIn.model_fields},
         )
         await work.catalog.indexes.add(index)
         job = await work.submit(Job(id=new_id("job"), kind=JobKind.BUILD_INDEX, index_id=index.id, params={}))
@@ -81,7 +90,24 @@ async def delete_index(index: IndexRef, services: Use) -> None:
         found = await work.catalog.indexes.get(index)
         await work.catalog.indexes.require_idle(found.id)
         await work.catalog.indexes.remove(found)
-    await asyncio.to_thread(shutil.rmtree, services.settings.indexes_dir / found.id, ignore_errors=True)
+    path = services.settings.indexes_dir / found.id
+    await asyncio.to_thread(shutil.rmtree, path, ignore_errors=True)
+    services.compute.forget(path)
+
+
+@router.post("/{index}/repair", status_code=202, responses=problems(404, 409))
+async def repair_index(index: IndexRef, services: Use, response: Response) -> IndexAccepted:
+    """Compute the damaged shards of an index anew, from the rows in the catalog: a job.
+
+    Every shard is checked against its checksum; those that are as they were written stay. Rows that were added since
+    the build stay, rows that were deleted stay away. Until it is done the index cannot be asked.
+    """
+    async with services.work() as work:
+        found = await work.catalog.indexes.repairable(index)
+        job = await work.submit(Job(id=new_id("job"), kind=JobKind.REPAIR_INDEX, index_id=found.id, params={}))
+        await work.catalog.indexes.job_submitted(job)
+        await work.catalog.refresh(found)
+    return _accepted(found, job, response)
 
 
 @router.post("/{index}/samples", status_code=202, responses=problems(404, 409))
@@ -107,8 +133,9 @@ async def remove_samples(index: IndexRef, body: SamplesRemoval, services: Use) -
         found = await work.catalog.indexes.ready(index)
         await work.catalog.indexes.require_idle(found.id)
         path = services.settings.indexes_dir / found.id
-        removed = await services.compute.run(partial(delete, path, body.ids))
-        opened = await services.compute.index(path, found.version + 1, fresh=True)
+        async with services.noticing_damage(found.id):
+            removed = await services.compute.run(partial(delete, path, body.ids))
+            opened = await services.compute.index(path, found.version + 1, fresh=True)
         await work.catalog.indexes.published(found.id, opened.rows, opened.manifest.to_dict())
     return Removed(removed=removed, rows=opened.rows)
 
@@ -119,7 +146,7 @@ async def _dataset_to_add(body: SamplesIn, index: IndexRow, services: Services, 
     rows = body.rows or []
     _require_few(len(rows), services, "rows")
     ingested = read_inline(rows, "error", services.settings.max_inline_rows)
-    dataset = ingested.dataset(f"{index.name}+{new_id('rows')}", "request", {})
+    dataset = ingested.dataset(f"{index.name}+{new_id('rows')}", INLINE, {})
     await catalog.datasets.add(dataset, ingested.samples)
     return dataset
 

@@ -29,8 +29,8 @@ from app.catalog.errors import CatalogError, Conflict
 from app.catalog.tables import IndexRow, Sample
 from app.influence.corpus import Message, Row, row_from_json
 from app.influence.errors import HeadwaterError, QueryError
-from app.influence.models import LoadedModel
 from app.influence.retrieval import Answer, Hit, Options, Query
+from app.jobs.noting import Noting
 from app.jobs.specs import model_from_json
 from app.problems import Refusal, problem_of
 
@@ -78,6 +78,10 @@ async def query_influence_batch(body: InfluenceBatchIn, services: Use, request: 
 def _options(body: OptionsIn, services: Services) -> Options:
     if body.top_k > services.settings.max_top_k:
         raise Refusal(422, "invalid-request", f"top_k may be at most {services.settings.max_top_k}", field="top_k")
+    most = services.settings.max_token_rows
+    if body.tokens != "none" and body.top_k > most:
+        detail = f'with token scores top_k may be at most {most}: ask for {most} or fewer, or send "tokens": "none"'
+        raise Refusal(422, "invalid-request", detail, field="top_k")
     return Options(top_k=body.top_k, tokens=body.tokens, direction=body.direction, normalize=body.normalize)
 
 
@@ -86,16 +90,18 @@ async def _target(ref: str, services: Services) -> tuple[IndexRow, Target]:
     async with services.database.catalog() as catalog:
         index = await catalog.indexes.ready(ref)
     model = await services.compute.model(model_from_json(index.model.spec))
-    opened = await services.compute.index(services.settings.indexes_dir / index.id, index.version)
+    async with services.noticing_damage(index.id):
+        opened = await services.compute.index(services.settings.indexes_dir / index.id, index.version)
     opened.check(model)
     loop = asyncio.get_running_loop()
 
-    def row_of(row_id: str) -> Row:
+    def fetch(row_ids: Sequence[str]) -> dict[str, Row]:
         # called in the torch thread, which may wait for the loop; never the other way round
-        found = asyncio.run_coroutine_threadsafe(_samples(services, index, [row_id]), loop).result()
-        return row_from_json(found[row_id].record)
+        found = asyncio.run_coroutine_threadsafe(_samples(services, index, row_ids), loop).result()
+        return {row_id: row_from_json(sample.record) for row_id, sample in found.items()}
 
-    return index, Target(model, opened, row_of, (index.id, index.version))
+    noted = Noting(opened, fetch)
+    return index, Target(model, noted, noted.row_of, (index.id, index.version))
 
 
 async def _ask(body: QueryIn, index: IndexRow, target: Target, options: Options, services: Services) -> InfluenceOut:
@@ -103,7 +109,7 @@ async def _ask(body: QueryIn, index: IndexRow, target: Target, options: Options,
     messages = _messages(body)
     generation = body.generation
     if generation is None:
-        generation = await _generate(target.model, messages, body.max_new_tokens, services)
+        generation = await _generate(target, messages, body.max_new_tokens, services)
     query = _query(messages, generation, body.span, services)
     asked = time.perf_counter()
     answer = await services.gatherer.ask(target, query, options)
@@ -133,31 +139,26 @@ def _messages(body: QueryIn) -> tuple[Message, ...]:
     return (Message(role="user", content=body.prompt),) if body.prompt else ()
 
 
-async def _generate(model: LoadedModel, messages: Sequence[Message], tokens: int, services: Services) -> str:
+async def _generate(target: Target, messages: Sequence[Message], tokens: int, services: Services) -> str:
     if tokens > services.settings.max_new_tokens:
         most = services.settings.max_new_tokens
         raise Refusal(422, "invalid-request", f"max_new_tokens may be at most {most}", field="max_new_tokens")
-    written = await services.gatherer.prepare(partial(model.generate, messages, max_new_tokens=tokens))
+    template = target.index.manifest.index_spec.template
+    write = partial(target.model.generate, messages, max_new_tokens=tokens, template=template)
+    written = await services.gatherer.prepare(write)
     if not written.strip():
         raise QueryError("the model wrote nothing for this prompt: send the generation", field="generation")
     return written
 
 
 def _query(messages: tuple[Message, ...], generation: str, span: tuple[int, int] | None, services: Services) -> Query:
-    """The query, checked by itself before it may share a pass with others."""
-    if not generation.strip():
-        raise QueryError("the generation is empty", field="generation")
+    """The query; the library looks at it closely, and a bad one fails nobody but itself."""
     size = len(generation) + sum(len(message.content) for message in messages)
     if size > services.settings.max_query_chars:
         detail = (
             f"prompt and generation have {size:,} characters; at most {services.settings.max_query_chars:,} are read"
         )
         raise Refusal(413, "too-large", detail, field="generation")
-    if span is not None and not 0 <= span[0] < span[1] <= len(generation):
-        detail = (
-            f"the span [{span[0]}, {span[1]}) does not lie in the generation, which has {len(generation)} characters"
-        )
-        raise QueryError(detail, field="span")
     return Query(messages=messages, generation=generation, span=span)
 
 

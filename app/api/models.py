@@ -14,7 +14,7 @@ from app.api.services import Cursor, Limit, Reading, Services, Use
 from app.catalog.tables import Model
 from app.catalog.types import new_id
 from app.influence.models import Checkpoint, ModelSpec
-from app.jobs.specs import model_to_json
+from app.jobs.specs import model_from_json, model_to_json
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 ModelRef = Annotated[str, Path(description="Id or name of a model.", examples=["smollm2-veld"])]
@@ -59,6 +59,15 @@ async def list_models(
 async def get_model(model: ModelRef, catalog: Reading) -> ModelOut:
     """One model with its fingerprint and its modules."""
     return ModelOut.of(await catalog.models.get(model))
+
+
+@router.delete("/{model}", status_code=204, responses=problems(404, 409))
+async def delete_model(model: ModelRef, services: Use) -> None:
+    """Forget a registered model; refused while an index uses it. Its files stay where they are."""
+    async with services.work() as work:
+        found = await work.catalog.models.get(model)
+        await work.catalog.models.remove(found)
+    services.compute.forget_model(model_from_json(found.spec))
 
 
 def _spec(body: ModelIn, services: Services) -> ModelSpec:

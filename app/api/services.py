@@ -17,6 +17,7 @@ from app.api.metrics import Metrics
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
 from app.catalog.tables import Job
+from app.influence.errors import IndexCorrupt, IndexMissing
 from app.jobs.compute import Compute
 from app.jobs.service import JobService
 from app.settings import Settings
@@ -57,6 +58,18 @@ class Services:
             await catalog.commit()
         for job_id in work.submitted:
             await self.jobs.enqueue(job_id)
+
+    @asynccontextmanager
+    async def noticing_damage(self, index_id: str) -> AsyncIterator[None]:
+        """Where an index's files are read: that they are damaged is written down, for whoever looks at the index."""
+        try:
+            yield
+        except (IndexCorrupt, IndexMissing) as error:
+            self.compute.forget(self.settings.indexes_dir / index_id)
+            async with self.database.catalog() as catalog:
+                await catalog.indexes.damaged(index_id, error.detail)
+                await catalog.commit()
+            raise
 
 
 def get_services(request: Request) -> Services:

@@ -7,6 +7,7 @@ from app.catalog.indexes import Indexes
 from app.catalog.jobs import Jobs
 from app.catalog.keys import Keys
 from app.catalog.models import Models
+from app.catalog.tables import IndexRow
 
 
 class Catalog:
@@ -19,6 +20,10 @@ class Catalog:
         self.indexes = Indexes(session)
         self.jobs = Jobs(session)
         self.keys = Keys(session)
+
+    async def refresh(self, index: IndexRow) -> None:
+        """Read an index again, after a change that went past the object."""
+        await self._session.refresh(index)
 
     async def commit(self) -> None:
         """Keep what was changed."""

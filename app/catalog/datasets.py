@@ -4,12 +4,12 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import insert, or_, select
+from sqlalchemy import delete, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.catalog.errors import AlreadyExists, NotFound
+from app.catalog.errors import AlreadyExists, Conflict, NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import Dataset, IndexDataset, Sample
+from app.catalog.tables import Dataset, IndexDataset, IndexRow, Sample
 
 CHUNK = 500  # values in one IN (...) or one insert; SQLite counts its bound variables
 
@@ -59,6 +59,20 @@ class Datasets:
                 for offset, sample in enumerate(samples[start : start + CHUNK])
             ]
             await self._session.execute(insert(Sample), values)
+
+    async def remove(self, dataset: Dataset) -> None:
+        """Forget a dataset with its samples.
+
+        Raises:
+            Conflict: an index takes rows from it, or was measured on it.
+        """
+        takes = select(IndexDataset.index_id).where(IndexDataset.dataset_id == dataset.id)
+        using = select(IndexRow.name).where(IndexRow.id.in_(takes) | (IndexRow.heldout_id == dataset.id))
+        index = await self._session.scalar(using.limit(1))
+        if index is not None:
+            detail = f"dataset {dataset.name!r} is in use by index {index!r}: delete that first"
+            raise Conflict(detail, field="dataset")
+        await self._session.execute(delete(Dataset).where(Dataset.id == dataset.id))
 
     async def page(self, limit: int, cursor: str | None) -> Page[Dataset]:
         """Datasets, newest first."""

@@ -4,6 +4,7 @@ CatalogError
 ├── NotFound        nothing has that id or name
 ├── AlreadyExists   the unique name is taken
 └── Conflict        the thing is in a state that does not allow it
+    └── Damaged     its files are not those that were written
 """
 
 
@@ -26,3 +27,7 @@ class AlreadyExists(CatalogError):
 
 class Conflict(CatalogError):
     """The thing exists, but its state does not allow what was asked."""
+
+
+class Damaged(Conflict):
+    """Its files are not those that were written; a repair makes them so."""

@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from sqlalchemy import delete, or_, select, update
+from sqlalchemy import case, delete, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.catalog.errors import AlreadyExists, Conflict, NotFound
+from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import IndexDataset, IndexRow, Job
+from app.catalog.tables import INLINE, Dataset, IndexDataset, IndexRow, Job
 from app.catalog.types import IndexState, JobKind, JobState
+
+READY, CORRUPT = (literal(state, IndexRow.state.type) for state in (IndexState.READY, IndexState.CORRUPT))
 
 
 class Indexes:
@@ -28,8 +30,20 @@ class Indexes:
     async def ready(self, ref: str) -> IndexRow:
         """The index, if it can be asked."""
         index = await self.get(ref)
+        if index.state is IndexState.CORRUPT:
+            raise Damaged(f"{index.damage}: POST /indexes/{index.name}/repair", field="index")
         if index.state is not IndexState.READY:
             raise Conflict(f"index {index.name!r} is {index.state}: only a ready index can be used", field="index")
+        return index
+
+    async def repairable(self, ref: str) -> IndexRow:
+        """The index, if its files were published once and nobody works on it."""
+        index = await self.get(ref)
+        damaged_at_birth = index.state is IndexState.FAILED and index.damage is not None
+        if index.state not in (IndexState.READY, IndexState.CORRUPT) and not damaged_at_birth:
+            detail = f"index {index.name!r} is {index.state}: only a ready or a corrupt one can be repaired"
+            raise Conflict(detail, field="index")
+        await self.require_idle(index.id)
         return index
 
     async def require_idle(self, index_id: str) -> None:
@@ -47,23 +61,33 @@ class Indexes:
         await self._session.flush()
         await self.link(index.id, index.dataset_id)
 
-    async def build_ended(self, job: Job, state: JobState) -> None:
-        """The job that was to build the index ended without one. Adding rows to a ready index leaves it ready."""
-        if job.kind is JobKind.BUILD_INDEX and state in (JobState.FAILED, JobState.CANCELLED):
-            await self._set_state(job, IndexState(state.value))
-
-    async def build_retried(self, job: Job) -> None:
-        """The job that is to build the index runs again."""
+    async def job_ended(self, job: Job, state: JobState) -> None:
+        """A job of the index failed or was cancelled. An append leaves a ready index ready."""
         if job.kind is JobKind.BUILD_INDEX:
-            await self._set_state(job, IndexState.BUILDING)
+            await self._set(job.index_id, state=IndexState(state.value))
+        if job.kind is JobKind.REPAIR_INDEX:
+            await self._set(job.index_id, state=case((IndexRow.damage.is_(None), READY), else_=CORRUPT))
 
-    async def _set_state(self, job: Job, state: IndexState) -> None:
-        await self._session.execute(update(IndexRow).where(IndexRow.id == job.index_id).values(state=state))
+    async def job_submitted(self, job: Job) -> None:
+        """A job of the index is to run, for the first time or again."""
+        if job.kind is JobKind.BUILD_INDEX:
+            await self._set(job.index_id, state=IndexState.BUILDING)
+        if job.kind is JobKind.REPAIR_INDEX:
+            await self._set(job.index_id, state=IndexState.REPAIRING)
+
+    async def damaged(self, index_id: str | None, what: str) -> None:
+        """The files are not those that were written. Whoever works on the index or builds it says its state itself."""
+        usable = (IndexState.READY, IndexState.REPAIRING, IndexState.CORRUPT)
+        corrupt = case((IndexRow.state.in_(usable), CORRUPT), else_=IndexRow.state)
+        await self._set(index_id, damage=what, state=corrupt)
+
+    async def _set(self, index_id: str | None, **values: Any) -> None:
+        await self._session.execute(update(IndexRow).where(IndexRow.id == index_id).values(**values))
 
     async def published(self, index_id: str, rows: int, manifest: dict[str, Any]) -> None:
         """The files changed: the index is ready, and whoever has an older version open opens it again."""
-        values = {"state": IndexState.READY, "rows": rows, "manifest": manifest, "version": IndexRow.version + 1}
-        await self._session.execute(update(IndexRow).where(IndexRow.id == index_id).values(values))
+        version = IndexRow.version + 1
+        await self._set(index_id, state=IndexState.READY, rows=rows, manifest=manifest, damage=None, version=version)
 
     async def link(self, index_id: str, dataset_id: str) -> None:
         """Note that the index takes rows from the dataset."""
@@ -72,8 +96,17 @@ class Indexes:
             await self._session.flush()
 
     async def remove(self, index: IndexRow) -> None:
-        """Forget the index; its finished jobs stay as history."""
+        """Forget the index and the rows that were written into its own requests; its finished jobs stay as history."""
+        used = select(IndexDataset.dataset_id)
+        mine = (await self._session.scalars(used.where(IndexDataset.index_id == index.id))).all()
         await self._session.execute(delete(IndexRow).where(IndexRow.id == index.id))
+        held = select(IndexRow.heldout_id).where(IndexRow.heldout_id.is_not(None))
+        unused = Dataset.id.in_(mine) & Dataset.id.not_in(used) & Dataset.id.not_in(held)
+        await self._session.execute(delete(Dataset).where(unused & (Dataset.source == INLINE)))
+
+    async def ids(self) -> set[str]:
+        """Ids of every index: what may lie in the folder of indexes."""
+        return set((await self._session.scalars(select(IndexRow.id))).all())
 
     async def page(self, limit: int, cursor: str | None) -> Page[IndexRow]:
         """Indexes, newest first."""

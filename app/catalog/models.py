@@ -1,11 +1,11 @@
 """The repository of models."""
 
-from sqlalchemy import or_, select
+from sqlalchemy import delete, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
-from app.catalog.errors import AlreadyExists, NotFound
+from app.catalog.errors import AlreadyExists, Conflict, NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import Model
+from app.catalog.tables import IndexRow, Model
 
 
 class Models:
@@ -31,6 +31,17 @@ class Models:
         await self.require_free(model.name)
         self._session.add(model)
         await self._session.flush()
+
+    async def remove(self, model: Model) -> None:
+        """Forget a model; its files stay where they are.
+
+        Raises:
+            Conflict: an index was built from it.
+        """
+        index = await self._session.scalar(select(IndexRow.name).where(IndexRow.model_id == model.id).limit(1))
+        if index is not None:
+            raise Conflict(f"model {model.name!r} is in use by index {index!r}: delete that first", field="model")
+        await self._session.execute(delete(Model).where(Model.id == model.id))
 
     async def page(self, limit: int, cursor: str | None) -> Page[Model]:
         """Models, newest first."""

@@ -14,6 +14,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 from app.catalog.types import IndexState, JobKind, JobState, UTCDateTime, now
 
+INLINE = "request"  # the source of rows that were written into a request
 Json = JSON().with_variant(JSONB(), "postgresql")
 
 NAMING = {
@@ -102,6 +103,7 @@ class IndexRow(Base):
     version: Mapped[int] = mapped_column(default=0)
     rows: Mapped[int] = mapped_column(default=0)
     manifest: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    damage: Mapped[str | None] = mapped_column(Text)
     created_at: Mapped[datetime] = mapped_column(default=now)
     updated_at: Mapped[datetime] = mapped_column(default=now, onupdate=now)
 

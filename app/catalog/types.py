@@ -29,6 +29,7 @@ class JobKind(StrEnum):
 
     BUILD_INDEX = "build_index"
     APPEND_SAMPLES = "append_samples"
+    REPAIR_INDEX = "repair_index"
 
 
 class IndexState(StrEnum):
@@ -36,6 +37,8 @@ class IndexState(StrEnum):
 
     BUILDING = "building"
     READY = "ready"
+    CORRUPT = "corrupt"
+    REPAIRING = "repairing"
     FAILED = "failed"
     CANCELLED = "cancelled"
 

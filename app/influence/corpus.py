@@ -232,7 +232,7 @@ def _read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
                 yield line, json.loads(raw.decode("utf-8-sig" if line == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise RowError(f"not UTF-8 (byte {error.start})", field="file", line=line) from error
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:
                 raise RowError(f"not JSON: {error}", field="file", line=line) from error
 
 
@@ -241,7 +241,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
         records = json.loads(path.read_bytes().decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise RowError(f"not UTF-8 (byte {error.start})", field="file") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"not JSON: {error}", field="file") from error
     if not isinstance(records, list):
         raise RowError("a .json file is one list of rows; one object a line is .jsonl", field="file")
@@ -249,6 +249,7 @@ def _read_json(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(2**31 - 1)  # the body's limit is the limit, not 128 KiB a cell
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
@@ -334,7 +335,7 @@ class Encoder:
             RowError: no response token is left within `max_length`, or the chat template refuses the row.
         """
         text, spans = self._render(row.messages, closing=True)
-        example = self._tokenise(text, spans)
+        example = self._tokenise(text, spans, row.is_text)
         if not any(example.targets):
             raise RowError(f"row {row.id}: no response token within max_length={self.max_length}", field="max_length")
         return example
@@ -355,7 +356,7 @@ class Encoder:
             text, spans = self._render((*prompt, turn), closing=False)
         except (RowError, UnicodeEncodeError) as error:
             raise QueryError(str(error), field="prompt") from error
-        example = self._tokenise(text, spans[-1:])
+        example = self._tokenise(text, spans[-1:], not prompt)
         if example.truncated:
             total = len(example.ids) + example.truncated
             raise QueryError(
@@ -396,21 +397,22 @@ class Encoder:
         return text, spans
 
     def _render_chat(self, messages: Sequence[Message], closing: bool) -> tuple[str, list[tuple[int, int]]]:
+        if not closing:  # a query: its last turn alone counts
+            before = self._apply(messages[:-1], add_generation_prompt=True)
+            text = before + messages[-1].content
+            return text, [(len(before), len(text))]
         text, spans = "", []
         for number, message in enumerate(messages):
             if message.role != "assistant":
                 continue
             before = self._apply(messages[:number], add_generation_prompt=True)
-            start = len(before)
-            if not closing and number == len(messages) - 1:
-                text = before + message.content
-                spans.append((start, len(text)))
-                break
+            rewritten = text and not before.startswith(text.rstrip())  # an earlier turn is no longer what it was
             text = self._apply(messages[: number + 1])
-            if not text.startswith(before.rstrip()) or message.content.strip() not in text[start:]:
+            here = text[len(before) :]
+            if rewritten or not text.startswith(before.rstrip()) or message.content.strip() not in here:
                 detail = "the tokenizer's chat template rewrites earlier turns, so the response cannot be located"
                 raise RowError(detail, field="messages")
-            spans.append((start, len(text.rstrip())))
+            spans.append((len(before), len(text.rstrip())))
         return text, spans
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -425,9 +427,12 @@ class Encoder:
             ) from error
         return str(text)
 
-    def _tokenise(self, text: str, spans: Sequence[tuple[int, int]]) -> Example:
-        # A chat template writes its own special tokens; the other templates leave them to the tokenizer.
-        encoded = self.tokenizer(text, add_special_tokens=self.template != "chat", return_offsets_mapping=True)
+    def special(self, plain: bool) -> bool:
+        """Whether the tokenizer adds its own first token: a chat template writes it itself."""
+        return plain or self.template != "chat"
+
+    def _tokenise(self, text: str, spans: Sequence[tuple[int, int]], plain: bool) -> Example:
+        encoded = self.tokenizer(text, add_special_tokens=self.special(plain), return_offsets_mapping=True)
         ids: list[int] = encoded["input_ids"]
         offsets: list[tuple[int, int]] = [(int(a), int(b)) for a, b in encoded["offset_mapping"]]
         targets = [

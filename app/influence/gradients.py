@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from app.influence.corpus import Example
-from app.influence.models import Checkpoint, LoadedModel
+from app.influence.models import Checkpoint, LoadedModel, whole_sequence
 from app.influence.projection import ProjectionSpec, Sketch, sketch
 
 # Size of a nudge's effect on the modules' outputs, relative to them: the error of the difference quotient falls with
@@ -75,29 +75,43 @@ def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: 
     with model.lock:
         modules = model.activate(checkpoint)
         capture = _Capture(model, plan, len(examples), None)
-        with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
+        with torch.enable_grad(), _hooked(model, modules, capture.hook):
             losses = target_losses(model, examples)
             torch.stack([loss.mean() for loss in losses]).sum().backward()  # a sum: never the mean over a batch
     return Gradients(capture.vectors, [loss.detach() for loss in losses], capture.divisors)
 
 
 def token_gradients(
-    model: LoadedModel, checkpoint: Checkpoint, plan: Plan, example: Example, divisors: torch.Tensor
+    model: LoadedModel,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    example: Example,
+    divisors: torch.Tensor,
+    directions: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """[targets, width]: the gradient of each target's own loss, by one forward and as many backward passes.
+    """The gradient of each target's own loss, by one forward and as many backward passes.
 
     They average to `gradients`' vector of the example, whose `divisors` [modules] they are divided by.
+
+    Args:
+        directions: [n, width]; with them only the inner products are kept, not the vectors.
+
+    Returns:
+        [targets, width], or [targets, n]
     """
     rows = []
     with model.lock:
         modules = model.activate(checkpoint)
         capture = _Capture(model, plan, 1, divisors[None])
-        with torch.enable_grad(), _hooked(model, dict.fromkeys(modules, capture.hook), modules, embedding=True):
+        if directions is not None:
+            directions = directions.to(capture.vectors)
+        with torch.enable_grad(), _hooked(model, modules, capture.hook):
             (losses,) = target_losses(model, [example])
             for number, loss in enumerate(losses):
                 capture.vectors = torch.zeros_like(capture.vectors)
                 loss.backward(retain_graph=number + 1 < len(losses))
-                rows.append(capture.vectors[0])
+                vector = capture.vectors[0]
+                rows.append(vector if directions is None else directions @ vector)
     return torch.stack(rows)
 
 
@@ -105,48 +119,50 @@ def token_scores(
     model: LoadedModel,
     checkpoint: Checkpoint,
     plan: Plan,
-    examples: Sequence[Example],
-    directions: torch.Tensor,
+    example: Example,
     divisors: torch.Tensor,
-) -> list[torch.Tensor]:
-    """The inner product of each target's gradient with a direction, by two nudged forward passes.
+    directions: torch.Tensor,
+) -> torch.Tensor:
+    """`token_gradients`' inner products with directions, by two nudged forward passes of a copy for each direction.
+
+    Not for bfloat16, whose rounding is larger than the nudge.
 
     Args:
-        examples: n examples, or one that all the directions are asked about.
+        divisors: [modules], what the example's gradient is divided by.
         directions: [n, width]
-        divisors: [n or 1, modules], what the examples' gradients are divided by.
 
     Returns:
-        [n][targets]
+        [targets, n]
     """
-    directions = directions.to(model.spec.device)
-    parts = {
-        name: directions[:, made.place] / divisors[:, [at]] for at, (name, made) in enumerate(plan.sketches.items())
-    }
-    copies = list(examples) * (len(directions) if len(examples) == 1 else 1)
-    sizes = torch.zeros(2, dtype=torch.float64)
+    directions = directions.to(model.spec.device, model.model.dtype)
+    parts = {name: directions[:, made.place] / divisors[at] for at, (name, made) in enumerate(plan.sketches.items())}
+    outputs = torch.zeros((), dtype=torch.float64, device=model.spec.device)
+    nudges = torch.zeros(len(directions), dtype=torch.float64, device=model.spec.device)
 
     def measure(name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
-        nudge = plan.sketches[name].nudge(acts, parts[name])
-        sizes[0] += output.double().square().sum().cpu() * (len(nudge) / len(output))
-        sizes[1] += nudge.double().square().sum().cpu()
+        outputs.add_(output.double().square().sum())
+        nudges.add_(plan.sketches[name].nudge(acts, parts[name]).double().square().sum((1, 2)))
 
     with model.lock, torch.no_grad():
         modules = model.activate(checkpoint)
-        with _hooked(model, dict.fromkeys(modules, measure), modules):
-            target_losses(model, examples)
-        if sizes[1] == 0:  # no direction at all: nothing changes along it
-            return [torch.zeros(len(example.positions)) for example in copies]
-        step = NUDGE * float((sizes[0] / sizes[1]).sqrt())
+        with _hooked(model, modules, measure):
+            target_losses(model, [example])
+        # A step for each direction: one for all would leave the small ones below the rounding.
+        steps = NUDGE * (outputs / nudges.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
+        steps[nudges == 0] = 0
 
-        def nudged(sign: int) -> list[torch.Tensor]:
+        def nudged(sign: int) -> torch.Tensor:
+            sizes = (sign * steps).to(directions.dtype)[:, None, None]
+
             def hook(name: str, acts: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                return output + plan.sketches[name].nudge(acts, parts[name]) * (sign * step)
+                return output + plan.sketches[name].nudge(acts, parts[name]) * sizes
 
-            with _hooked(model, dict.fromkeys(modules, hook), modules):
-                return target_losses(model, copies)
+            with _hooked(model, modules, hook):
+                return torch.stack(target_losses(model, [example] * len(directions)), 1).double()
 
-        return [(up - down) / (2 * step) for up, down in zip(nudged(1), nudged(-1), strict=True)]
+        scores = (nudged(1) - nudged(-1)) / (2 * steps)
+        scores[:, nudges == 0] = 0  # nothing changes along no direction
+        return scores
 
 
 def losses(model: LoadedModel, checkpoint: Checkpoint, examples: Sequence[Example]) -> list[torch.Tensor]:
@@ -173,7 +189,8 @@ class _Capture:
         made, at = self.plan.sketches[name], self.at[name]
         kept = made.keep(acts.detach().to(self.vectors.dtype))
 
-        def backward(grads: torch.Tensor) -> None:  # [batch, seq, d_out]
+        def backward(grads: torch.Tensor) -> None:
+            grads = grads.view(*acts.shape[:2], -1)  # [batch, seq, d_out], flattened or not
             part = made.project(kept, grads.to(self.vectors.dtype))
             if self.given is not None:
                 part = part / self.given[:, [at]]
@@ -189,25 +206,30 @@ Hook = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 @contextmanager
-def _hooked(
-    model: LoadedModel, hooks: dict[str, Hook], modules: dict[str, nn.Module], embedding: bool = False
-) -> Iterator[None]:
-    """Call hooks with (name, input, output) after the modules, and let gradients begin at the embedding's output."""
+def _hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> Iterator[None]:
+    """Call a hook with (name, input [batch, seq, d_in], output) after each module, and let gradients begin after the
+    embedding. An output that the hook returns takes the place of the module's; some models flatten batch and sequence.
+    """
+    shape = (0, 0)
+
+    def begin(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        nonlocal shape
+        shape = (output.shape[0], output.shape[1])
+        return output.detach().requires_grad_(True) if torch.is_grad_enabled() else None
 
     def forward(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if args[0].dim() != 3:  # DoRA calls A and B on an identity matrix for a norm that it holds constant
+            if not whole_sequence(args[0], shape):
                 return None
-            return hooks[name](name, args[0], output)
+            acts = args[0].reshape(*shape, -1)
+            # A gradient is met at the output itself; a nudge is added to the output as a sequence.
+            changed = call(name, acts, output if output.requires_grad else output.view(*shape, -1))
+            return None if changed is None else changed.view(output.shape)
 
         return hook
 
-    def require_grad(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
-        return output.detach().requires_grad_(True)
-
     handles = [module.register_forward_hook(forward(name)) for name, module in modules.items()]
-    if embedding:
-        handles.append(model.model.get_input_embeddings().register_forward_hook(require_grad))
+    handles.append(model.model.get_input_embeddings().register_forward_hook(begin))
     try:
         yield
     finally:

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -71,6 +71,16 @@ class Manifest:
         """For JSON."""
         return asdict(self)
 
+    @property
+    def index_spec(self) -> IndexSpec:
+        """What it was built as."""
+        return IndexSpec(**{**self.spec, "projection": ProjectionSpec(**self.spec["projection"])})
+
+    @property
+    def weights(self) -> list[float]:
+        """Of the checkpoints."""
+        return [checkpoint["weight"] for checkpoint in self.checkpoints]
+
 
 def delete(path: Path, ids: Collection[str]) -> int:
     """Write tombstones; how many of the rows were live. A tombstone names shard and row, so an id can come back."""
@@ -84,7 +94,7 @@ def delete(path: Path, ids: Collection[str]) -> int:
     ]
     if marks:
         manifest = index.manifest
-        publish(path, Manifest(**{**manifest.to_dict(), "deleted": sorted([*manifest.deleted, *marks])}))
+        publish(path, replace(manifest, deleted=sorted([*manifest.deleted, *marks])))
     return len(marks)
 
 
@@ -97,7 +107,8 @@ class Shard:
     codes: list[NDArray[np.float16]]  # the same columns: [rows, columns]
     ids: list[str]
     norms: NDArray[np.float32]  # [rows, checkpoints]
-    live: NDArray[np.bool_]  # neither deleted nor flagged
+    kept: NDArray[np.bool_]  # not deleted
+    live: NDArray[np.bool_]  # nor flagged
 
 
 @dataclass(frozen=True)
@@ -115,6 +126,7 @@ class Index:
     def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
         self.path, self.manifest, self.shards = path, manifest, shards
         self.ids = [row for shard in shards for row, live in zip(shard.ids, shard.live, strict=True) if live]
+        self._places = {row: (s, at) for s in shards for at, row in enumerate(s.ids) if s.live[at]}
 
     @property
     def rows(self) -> int:
@@ -123,15 +135,7 @@ class Index:
 
     def check(self, model: LoadedModel) -> None:
         """Raises `Mismatch` when the model is not the one that the index was built from."""
-        was, now = self.manifest.fingerprint, model.fingerprint
-        keys = {*was, *now}
-        differs = {k: (was.get(k, ""), now.get(k, "")) for k in keys if was.get(k) != now.get(k)}
-        if differs:
-            names = ", ".join(sorted(differs))
-            detail = (
-                f"the index was built from another model ({names} differ): rebuild it, or use the model it came from"
-            )
-            raise Mismatch(detail, differs=differs)
+        check(self.manifest, model)
 
     def scores(self, vectors: torch.Tensor, normalize: Literal["none", "unit"]) -> torch.Tensor:
         """Exact scores of every live row, in the order of `ids`.
@@ -205,9 +209,9 @@ class Index:
         if k == 0:
             return []
         heap = faiss.ResultHeap(1, k, keep_max=True)
-        names: list[str] = []
+        starts = np.cumsum([0, *(len(shard.ids) for shard in self.shards)])
         query = vector.numpy()[None]
-        for shard in self.shards:
+        for shard, start in zip(self.shards, starts[:-1], strict=True):
             live = np.flatnonzero(shard.live)
             if len(live) == 0:
                 continue
@@ -217,15 +221,15 @@ class Index:
                 selector = faiss.IDSelectorBatch(live)
                 params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
             found, at = flat.search(query, min(k, len(live)), params=params)
-            heap.add_result(found, at + len(names))
-            names += shard.ids
+            heap.add_result(found, at + start)
         heap.finalize()
-        return [(names[i], float(s)) for i, s in zip(heap.I[0], heap.D[0], strict=True) if i >= 0]
+        places = [(int(np.searchsorted(starts, i, side="right")) - 1, int(i)) for i in heap.I[0] if i >= 0]
+        names = [self.shards[shard].ids[at - int(starts[shard])] for shard, at in places]
+        return list(zip(names, heap.D[0].tolist(), strict=False))
 
     def vectors(self, ids: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows."""
-        place = {r: (s, at) for s in self.shards for at, r in enumerate(s.ids) if s.live[at]}
-        found = [place[row] for row in ids]
+        found = [self._places[row] for row in ids]
         codes = np.stack([np.concatenate([part[at] for part in s.codes]) for s, at in found]).astype(np.float32)
         return torch.from_numpy(codes), torch.from_numpy(np.stack([s.norms[at] for s, at in found]))
 
@@ -241,41 +245,47 @@ def open_index(path: Path, verify: bool = True) -> Index:
     shards = []
     for record in manifest.shards:
         name = record["name"]
-        if not intact(path, record, verify):
-            for file, _ in record["files"]:
-                if (path / "shards" / file).exists():
-                    (path / "shards" / file).rename(path / "shards" / f"{file}.corrupt")
-            detail = (
-                f"shard {name} is not what was written (checksum or size differ); it was set aside, rebuild the index"
-            )
+        bad = damaged(path, record, verify)
+        if bad:
+            for file in bad:
+                if file.exists():
+                    file.replace(file.with_name(f"{file.name}.corrupt"))
+            names = ", ".join(file.name for file in bad)
+            detail = f"shard {name} is not what was written ({names}: checksum or size); it was set aside: repair it"
             raise IndexCorrupt(detail, shard=name)
         parts, codes = [], []
-        for file, _ in record["files"]:
-            index: Any = faiss.read_index(str(path / "shards" / file), faiss.IO_FLAG_MMAP_IFC)
+        faiss.set_deserialization_vector_byte_limit(record["bytes"])
+        for file_name, _, _ in record["files"][:-1]:
+            index: Any = faiss.read_index(str(path / "shards" / file_name), faiss.IO_FLAG_MMAP_IFC)
             flat: Any = faiss.downcast_index(index.index)
             raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
             parts.append(index)
             codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
         side = load_file(path / "shards" / f"{name}.safetensors")
-        numbers = faiss.vector_to_array(parts[0].id_map)
-        ids = [f"{int(n):016x}" for n in numbers]
-        live = np.array(
-            [bool(ok) and f"{name}:{at}" not in deleted for at, ok in enumerate(side["finite"])], dtype=bool
-        )
-        shards.append(Shard(name, parts, codes, ids, side["norms"], live))
+        ids = [f"{int(n):016x}" for n in faiss.vector_to_array(parts[0].id_map)]
+        kept = np.array([f"{name}:{at}" not in deleted for at in range(len(ids))], dtype=bool)
+        shards.append(Shard(name, parts, codes, ids, side["norms"], kept, kept & side["finite"].astype(bool)))
     return Index(path, manifest, shards)
 
 
-def intact(path: Path, record: dict[str, Any], verify: bool) -> bool:
-    """Whether a shard's files are those of its record: by size, and by checksum if `verify`."""
-    files = {path / "shards" / file: digest for file, digest in record["files"]}
-    side = path / "shards" / f"{record['name']}.safetensors"
-    if not side.is_file() or not all(file.is_file() for file in files):
-        return False
-    if sum(file.stat().st_size for file in files) != record["bytes"]:
-        return False
-    files[side] = record["sidecar_sha256"]
-    return not verify or all(_sha256(file) == digest for file, digest in files.items())
+def check(manifest: Manifest, model: LoadedModel) -> None:
+    """Raises `Mismatch` when the model is not the one that the index was built from."""
+    was, now = manifest.fingerprint, model.fingerprint
+    differs = {k: (was.get(k, ""), now.get(k, "")) for k in {*was, *now} if was.get(k) != now.get(k)}
+    if differs:
+        names = ", ".join(sorted(differs))
+        detail = f"the index was built from another model ({names} differ): rebuild it, or use the model it came from"
+        raise Mismatch(detail, differs=differs)
+
+
+def damaged(path: Path, record: dict[str, Any], verify: bool) -> list[Path]:
+    """The files of a shard that are not those of its record: by size, and by checksum if `verify`."""
+    bad = []
+    for name, size, digest in record["files"]:
+        file = path / "shards" / name
+        if not file.is_file() or file.stat().st_size != size or (verify and _sha256(file) != digest):
+            bad.append(file)
+    return bad
 
 
 def _sha256(file: Path) -> str:
@@ -295,9 +305,13 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise IndexMissing(f"there is no finished index in '{path.name}'", field="index")
     try:
-        return Manifest(**json.loads(file.read_bytes()))
+        manifest = Manifest(**json.loads(file.read_bytes()))
     except (ValueError, TypeError) as error:
         raise IndexCorrupt(f"the manifest cannot be read: {error}", shard=MANIFEST) from error
+    if manifest.format != FORMAT:
+        detail = f"the index has format {manifest.format}, this version reads {FORMAT}: build it again"
+        raise IndexCorrupt(detail, shard=MANIFEST)
+    return manifest
 
 
 def write_file(file: Path, content: bytes) -> None:

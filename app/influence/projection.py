@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from functools import cache
 from typing import Literal, Protocol
 
 import numpy as np
@@ -23,19 +22,24 @@ import torch
 from app.influence.errors import SpecError
 
 Kind = Literal["kronecker", "global", "rapidgrad"]
+USUAL: dict[str, int] = {"kronecker": 16, "global": 4096, "rapidgrad": 2**16}
 MASK = (1 << 32) - 1
 
 
 @dataclass(frozen=True)
 class ProjectionSpec:
-    """`size` is p for kronecker and K, the length of the whole vector, for global and rapidgrad."""
+    """`size` is p for kronecker (16) and K, the length of the whole vector, for global (4096) and rapidgrad (65536)."""
 
     kind: Kind = "kronecker"
-    size: int = 16
+    size: int = 0  # 0 (or null, in JSON): the usual one of the kind
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what cannot be built."""
+        """Fill the usual size, and refuse what cannot be built."""
+        if self.kind not in USUAL:
+            raise SpecError(f"there is no projection '{self.kind}'; use {', '.join(USUAL)}", field="projection.kind")
+        if not self.size:
+            object.__setattr__(self, "size", USUAL[self.kind])
         if self.kind == "kronecker" and not 1 <= self.size <= 512:
             raise SpecError("the size of a kronecker projection is between 1 and 512", field="projection.size")
         if self.kind == "global" and (not 16 <= self.size <= 2**18 or math.isqrt(self.size) ** 2 != self.size):
@@ -93,7 +97,6 @@ def side_matrix(name: str, side: str, dim: int, size: int, seed: int) -> torch.T
     return torch.eye(dim) if dim <= size else signs(name, side, dim, size, seed)
 
 
-@cache
 def signs(name: str, side: str, dim: int, size: int, seed: int) -> torch.Tensor:
     """[size, dim] of +-1/sqrt(size), so that E[P^T P] = I; the first rows' signs do not depend on `size`."""
     words = (dim + 63) // 64  # whole words a row

@@ -15,12 +15,12 @@ from typing import Any, Literal
 
 import torch
 
+from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
-from app.influence.errors import QueryError, SpecError
+from app.influence.errors import QueryError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
 from app.influence.index import Index
 from app.influence.models import Checkpoint, LoadedModel
-from app.influence.projection import ProjectionSpec
 
 Route = Literal["backwards", "nudges"]
 NUDGE_ERROR = 0.02  # of the largest score
@@ -117,17 +117,16 @@ def influence(
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
     index.check(model)
-    kept = index.manifest.spec
-    plan = plan_for(model, ProjectionSpec(**kept["projection"]), kept["normalisation"])
-    if plan.width != index.manifest.width:
-        raise SpecError("the index has another width than this model's projection", field="index")
-    encoder = Encoder(model.tokenizer, kept["template"], min(kept["max_length"], model.context_length))
+    kept = index.manifest.index_spec
+    plan = plan_for(model, kept.projection, kept.normalisation)
+    encoder = model.encoder(kept.template)
     asked = [_Asked(encoder, query) for query in queries]
     timings: dict[str, float] = {}
     with _timed(timings, "gradients"):
-        found = [gradients(model, c, plan, [one.example for one in asked]) for c in model.checkpoints]
+        examples = [one.example for one in asked]
+        found = [_gradients(model, c, plan, examples, kept.token_budget) for c in model.checkpoints]
     norms = torch.stack([_norms(f, options) for f in found], 1)  # [queries, checkpoints]
-    weights = torch.tensor([c.weight for c in model.checkpoints]) / norms
+    weights = torch.tensor(index.manifest.weights) / norms
     vectors = torch.cat([f.vectors.float().cpu() for f in found], 1)  # [queries, checkpoints * width]
     vectors = vectors * weights.repeat_interleave(plan.width, 1)
     if not torch.isfinite(vectors).all():
@@ -142,18 +141,18 @@ def influence(
             for name, asked_for in wanted.items()
             if asked_for
         }
+    scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of)
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
         route: Route | None = None
         proponents, opponents = (
-            [Hit(row.id, row.score, row.below) for row in ranked[name][number]] if name in ranked else []
-            for name in ("proponents", "opponents")
+            [Hit(r.id, r.score, r.below) for r in ranked[name][number] if sign * r.score > 0] if name in ranked else []
+            for name, sign in (("proponents", 1), ("opponents", -1))
         )
         hits = [*proponents, *opponents]
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
-                scorer = _Tokens(model, index, plan, encoder, options, row_of)
                 route = scorer.add(
                     one.example, [f.divisors[number] for f in found], weights[number], vectors[number], hits
                 )
@@ -196,11 +195,13 @@ class _Asked:
 
     def tokens(self, each: Sequence[float]) -> list[Token]:
         found = []
+        shown = 0  # a character of several tokens is shown by the first
         for position, loss in zip(self.whole.positions, each, strict=True):
             a, b = self.whole.offsets[position]
             start, end = max(a - self.start, 0), b - self.start
             inside = self.example.targets[position]
-            found.append(Token(self.query.generation[start:end], start, end, loss, inside))
+            found.append(Token(self.query.generation[max(start, shown) : end], start, end, loss, inside))
+            shown = max(shown, end)
         return found
 
 
@@ -240,7 +241,7 @@ class _Tokens:
         vector: torch.Tensor,
         hits: list[Hit],
     ) -> Route:
-        """Write the scores into the hits.
+        """Write the scores into the hits; the slower of the routes that were taken.
 
         Args:
             divisors: [checkpoint][modules] of the query's gradient.
@@ -248,78 +249,86 @@ class _Tokens:
             vector: [checkpoints * width], the query's weighted vector.
         """
         if self.options.tokens == "query":
-            return self._query(example, divisors, weights, hits)
-        pairs = None
+            units, norms = self.index.vectors([hit.id for hit in hits])
+            if self.options.normalize == "unit":
+                norms = torch.ones_like(norms)
+            rows = units * (norms * weights).repeat_interleave(self.plan.width, 1)
+            scores, route = self._scores(example, divisors, rows, [hit.score for hit in hits])
+            for hit, row in zip(hits, scores.T.tolist(), strict=True):
+                hit.token_scores = row
+            return route
+        routes: set[Route] = set()
+        directions = vector[None]
         if self.options.tokens == "both":
-            pairs = self._backwards(example, divisors) * weights.repeat_interleave(self.plan.width)
+            each = zip(self.model.checkpoints, divisors, strict=True)
+            tokens = [token_gradients(self.model, c, self.plan, example, divisor).float().cpu() for c, divisor in each]
+            directions = torch.cat(tokens, 1) * weights.repeat_interleave(self.plan.width)
+            routes.add("backwards")
         for hit in hits:
             row = self.encoder.encode(self.row_of(hit.id))
-            texts = [row.text[slice(*row.offsets[position])] for position in row.positions]
-            directions = vector[None] if pairs is None else pairs
-            scores = self._train(row, directions)  # [train tokens, directions]
+            found = [gradients(self.model, c, self.plan, [row]) for c in self.model.checkpoints]
+            norm = torch.cat([_norms(f, self.options) for f in found])
+            scaled = directions / norm.repeat_interleave(self.plan.width)
+            own = torch.cat([f.vectors[0].float().cpu() for f in found])
+            scores, route = self._scores(row, [f.divisors[0] for f in found], scaled, (scaled @ own).tolist())
+            routes.add(route)
+            texts = _texts(row)
             hit.train_tokens = [TrainToken(t, s) for t, s in zip(texts, scores.mean(1).tolist(), strict=True)]
-            if pairs is not None:
+            if self.options.tokens == "both":
                 hit.pair_scores = scores.tolist()
                 hit.token_scores = scores.mean(0).tolist()
-        return "nudges" if pairs is None else "backwards"
+        return "backwards" if "backwards" in routes else "nudges"
 
-    def _query(
-        self, example: Example, divisors: Sequence[torch.Tensor], weights: torch.Tensor, hits: list[Hit]
-    ) -> Route:
-        units, norms = self.index.vectors([hit.id for hit in hits])
-        if self.options.normalize == "unit":
-            norms = torch.ones_like(norms)
-        rows = units * (norms * weights).repeat_interleave(self.plan.width, 1)
-        route: Route = "nudges" if len(hits) < len(example.positions) else "backwards"
-        if route == "backwards":
-            scores = rows @ self._backwards(example, divisors).T  # [hits, tokens]
-        else:
-            each = zip(self.model.checkpoints, divisors, rows.split(self.plan.width, 1), strict=True)
-            scores = sum(
-                (self._nudged(c, example, part, divisor) for c, divisor, part in each),
-                torch.zeros(len(hits), len(example.positions)),
-            )
-            # The row's own score is known, and token scores average to it: where the model bends too much within
-            # the nudge for a difference quotient (or rounds too coarsely, in bfloat16), take the exact route.
-            known = torch.tensor([hit.score for hit in hits])
-            if not bool(((scores.mean(1) - known).abs() <= NUDGE_ERROR * known.abs().max()).all()):
-                route = "backwards"
-                scores = rows @ self._backwards(example, divisors).T
-        for hit, row in zip(hits, scores.tolist(), strict=True):
-            hit.token_scores = row
-        return route
+    def _scores(
+        self, example: Example, divisors: Sequence[torch.Tensor], directions: torch.Tensor, known: Sequence[float]
+    ) -> tuple[torch.Tensor, Route]:
+        """The inner products [targets, n] of an example's token gradients with directions [n, checkpoints * width].
+
+        `known` are those of the example's own gradient, to which the tokens' must average. Where they do not (the model
+        bends too much within the nudge for a difference quotient), the exact route is taken.
+        """
+        parts = list(zip(self.model.checkpoints, divisors, directions.split(self.plan.width, 1), strict=True))
+        exact = torch.tensor(known)
+        scores = torch.zeros(len(example.positions), len(directions))
+        if len(directions) < len(example.positions) and self.model.model.dtype in (torch.float32, torch.float64):
+            scores = sum((self._nudged(c, example, d, part) for c, d, part in parts), scores)
+            if bool(((scores.mean(0) - exact).abs() <= NUDGE_ERROR * scores.abs().amax(0)).all()):
+                return scores, "nudges"
+        each = (token_gradients(self.model, c, self.plan, example, d, part).float().cpu() for c, d, part in parts)
+        return sum(each, torch.zeros_like(scores)), "backwards"
 
     def _nudged(
-        self, checkpoint: Checkpoint, example: Example, directions: torch.Tensor, divisors: torch.Tensor
+        self, checkpoint: Checkpoint, example: Example, divisors: torch.Tensor, directions: torch.Tensor
     ) -> torch.Tensor:
-        """[directions, targets]"""
+        """[targets, n], so many directions at a time as a pass has room for."""
         many = max(1, NUDGED_TOKENS // len(example.ids))
         parts = [
-            torch.stack(token_scores(self.model, checkpoint, self.plan, [example], part, divisors[None]))
-            for part in directions.split(many)
+            token_scores(self.model, checkpoint, self.plan, example, divisors, part) for part in directions.split(many)
         ]
-        return torch.cat(parts).float().cpu()
+        return torch.cat(parts, 1).float().cpu()
 
-    def _backwards(self, example: Example, divisors: Sequence[torch.Tensor]) -> torch.Tensor:
-        """[targets, checkpoints * width]"""
-        each = zip(self.model.checkpoints, divisors, strict=True)
-        return torch.cat(
-            [token_gradients(self.model, c, self.plan, example, divisor).float().cpu() for c, divisor in each], 1
-        )
 
-    def _train(self, row: Example, directions: torch.Tensor) -> torch.Tensor:
-        """[train tokens, directions], each token's gradient divided as the whole row's is."""
-        total = torch.zeros(len(row.positions), len(directions))
-        parts = directions.split(self.plan.width, 1)
-        for checkpoint, part in zip(self.model.checkpoints, parts, strict=True):
-            found = gradients(self.model, checkpoint, self.plan, [row])
-            norm = _norms(found, self.options)
-            if len(directions) < len(row.positions):
-                total += self._nudged(checkpoint, row, part, found.divisors[0]).T / norm
-            else:
-                each = token_gradients(self.model, checkpoint, self.plan, row, found.divisors[0])
-                total += each.float().cpu() @ part.T / norm
-        return total
+def _texts(row: Example) -> list[str]:
+    """The targets' texts; a character of several tokens is shown by the first."""
+    texts, shown = [], 0
+    for position in row.positions:
+        start, end = row.offsets[position]
+        texts.append(row.text[max(start, shown) : end])
+        shown = max(shown, end)
+    return texts
+
+
+def _gradients(
+    model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: Sequence[Example], budget: int
+) -> Gradients:
+    """`gradients` of any number of examples, in batches of so many padded tokens."""
+    vectors: list[torch.Tensor] = [torch.empty(0)] * len(examples)
+    losses, divisors = list(vectors), list(vectors)
+    for batch in batches(examples, budget):
+        found = gradients(model, checkpoint, plan, [examples[i] for i in batch])
+        for at, i in enumerate(batch):
+            vectors[i], losses[i], divisors[i] = found.vectors[at], found.losses[at], found.divisors[at]
+    return Gradients(torch.stack(vectors), losses, torch.stack(divisors))
 
 
 def _definition(index: Index, options: Options, route: Route | None) -> Definition:

@@ -7,7 +7,7 @@ that is ready should not wait for one that is not.
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
@@ -18,6 +18,7 @@ from app.influence.models import LoadedModel, ModelSpec, load
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 Result = TypeVar("Result")
+Stamps = dict[str, tuple[int, int, int] | None]  # of each file: its inode, size and time
 
 
 class Pool(Generic[Key, Value]):
@@ -42,6 +43,10 @@ class Pool(Generic[Key, Value]):
                 del self._values[key]
             raise
 
+    def drop(self, key: Key) -> None:
+        """Keep the value no longer; who uses it now may go on."""
+        self._values.pop(key, None)
+
 
 async def _run(make: Callable[[], Awaitable[Value]]) -> Value:
     return await make()
@@ -53,8 +58,9 @@ class Compute:
     def __init__(self, *, threads: int, model_pool: int, index_pool: int) -> None:
         self._thread = ThreadPoolExecutor(1, "torch", initializer=_use_threads, initargs=(threads,))
         self._models: Pool[ModelSpec, LoadedModel] = Pool(model_pool)
-        self._indexes: Pool[tuple[Path, int], Index] = Pool(index_pool)
-        self._verified: set[Path] = set()
+        self._indexes: Pool[Path, Index] = Pool(index_pool)
+        self._versions: dict[Path, int] = {}
+        self._stamps: dict[Path, Stamps] = {}  # of the files whose checksums were right
         self._loading = asyncio.Lock()
 
     async def run(self, work: Callable[[], Result]) -> Result:
@@ -71,22 +77,59 @@ class Compute:
         return await self._models.get(spec, read, fresh=fresh)
 
     async def index(self, path: Path, version: int, *, fresh: bool = False) -> Index:
-        """The open index; the version is the catalog's and changes with each published change of the files.
+        """The open index; the version is the catalog's and grows with each published change of the files.
 
-        Checksums are verified when this process first opens it, which reads every byte; what changes later, we wrote
-        ourselves.
+        Checksums are verified when this process first opens it, which reads every byte, and again when a file of it
+        is no longer the one that was verified (by size and time): a mapped file must not change under a query.
+
+        Raises:
+            IndexCorrupt: a shard is not what was written.
         """
 
         async def reopen() -> Index:
-            index = await asyncio.to_thread(open_index, path, path not in self._verified)
-            self._verified.add(path)
-            return index
+            return await asyncio.to_thread(self._open, path)
 
-        return await self._indexes.get((path, version), reopen, fresh=fresh)
+        newer = version > self._versions.get(path, -1)
+        self._versions[path] = max(version, self._versions.get(path, -1))
+        index = await self._indexes.get(path, reopen, fresh=fresh or newer)
+        if not await asyncio.to_thread(self._is_unchanged, path):
+            index = await self._indexes.get(path, reopen, fresh=True)
+        return index
+
+    def _open(self, path: Path) -> Index:
+        index = open_index(path, verify=not self._is_unchanged(path))
+        names = [name for shard in index.manifest.shards for name, *_ in shard["files"]]
+        self._stamps[path] = _stamps(path / "shards", names)
+        return index
+
+    def _is_unchanged(self, path: Path) -> bool:
+        known = self._stamps.get(path)
+        return known is not None and _stamps(path / "shards", known) == known
+
+    def forget(self, path: Path) -> None:
+        """Keep nothing of an index: its files are gone, and their room is free once nobody maps them."""
+        self._indexes.drop(path)
+        self._versions.pop(path, None)
+        self._stamps.pop(path, None)
+
+    def forget_model(self, spec: ModelSpec) -> None:
+        """Keep a model no longer."""
+        self._models.drop(spec)
 
     async def close(self) -> None:
         """Wait for the work in hand, start no more; not on the loop, which that work may be waiting for."""
         await asyncio.to_thread(self._thread.shutdown, wait=True, cancel_futures=True)
+
+
+def _stamps(folder: Path, names: Iterable[str]) -> Stamps:
+    found: Stamps = {}
+    for name in names:
+        try:
+            stat = (folder / name).stat()
+            found[name] = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        except FileNotFoundError:
+            found[name] = None
+    return found
 
 
 def _use_threads(threads: int) -> None:

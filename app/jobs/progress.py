@@ -8,7 +8,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Step:
-    """What a body says after each step: `done` is what people count, `work` what the time goes by (tokens, say)."""
+    """What a body says after each step: `done` is what people count, `work` what the time goes by (tokens, say).
+
+    `final`: what the job was for has happened and can be seen, so that neither a cancel nor a stop undoes it.
+    """
 
     stage: str
     done: int
@@ -16,6 +19,7 @@ class Step:
     unit: str = "rows"
     work: int | None = None
     total_work: int | None = None
+    final: bool = False
 
 
 @dataclass(frozen=True)

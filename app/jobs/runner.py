@@ -22,6 +22,7 @@ from app.influence.errors import DiskFull, HeadwaterError
 from app.jobs.progress import Meter, Step
 
 log = structlog.get_logger(__name__)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)  # a full disk, a used-up quota
 
 
 class Body(Protocol):
@@ -31,7 +32,7 @@ class Body(Protocol):
         """Work, yielding after each step."""
         ...
 
-    async def ended(self, catalog: Catalog, job: Job, state: JobState) -> dict[str, Any]:
+    async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
         """Write what the end means to the catalog (the runner commits) and give the job's result."""
         ...
 
@@ -77,7 +78,7 @@ class Runner:
         body = self._bodies[job.kind]
         try:
             await self._walk(job, body)
-            await self._end(job, body, JobState.SUCCEEDED, {})
+            await self._end(job, body, JobState.SUCCEEDED)
         except (Stopping, asyncio.CancelledError) as stop:
             async with self._database.catalog() as catalog:
                 await catalog.jobs.put_back(job.id)
@@ -86,9 +87,9 @@ class Runner:
             if isinstance(stop, asyncio.CancelledError):
                 raise
         except Cancelled:
-            await self._end(job, body, JobState.CANCELLED, {})
+            await self._end(job, body, JobState.CANCELLED)
         except Exception as failure:
-            await self._end(job, body, JobState.FAILED, _explain(failure))
+            await self._end(job, body, JobState.FAILED, failure)
 
     async def _walk(self, job: Job, body: Body) -> None:
         meter, written, stage = Meter(), float("-inf"), ""
@@ -102,16 +103,17 @@ class Runner:
                         await catalog.jobs.progress(job.id, progress.to_dict())
                         await catalog.commit()
                         written, stage = time.monotonic(), step.stage
-                    if await catalog.jobs.cancel_requested(job.id):
+                    if not step.final and await catalog.jobs.cancel_requested(job.id):
                         raise Cancelled
-                if self._stopping:
+                if self._stopping and not step.final:
                     raise Stopping
         finally:
             await steps.aclose()
 
-    async def _end(self, job: Job, body: Body, state: JobState, error: dict[str, Any]) -> None:
+    async def _end(self, job: Job, body: Body, state: JobState, failure: Exception | None = None) -> None:
+        error = {} if failure is None else _explain(failure)
         async with self._database.catalog() as catalog:
-            result = await body.ended(catalog, job, state)
+            result = await body.ended(catalog, job, state, failure)
             await catalog.jobs.finish(job.id, state, result=result, error=error)
             await catalog.commit()
         log.info("job ended", state=state.value, **error)
@@ -121,7 +123,7 @@ def _explain(failure: Exception) -> dict[str, Any]:
     """What the row says about a failure: what the caller can act on, nothing that only the log should hold."""
     if isinstance(failure, HeadwaterError | CatalogError):
         return {"code": type(failure).__name__, "detail": failure.detail, "field": failure.field}
-    if isinstance(failure, OSError) and failure.errno == errno.ENOSPC:
+    if isinstance(failure, OSError) and failure.errno in NO_ROOM:
         return {"code": DiskFull.__name__, "detail": "the disk is full; make room and retry the job"}
     log.error("job broke", exc_info=failure)
     return {"code": "internal", "detail": "an unexpected error; the log has it under this job's id"}

@@ -42,7 +42,7 @@ class JobService:
         async with self._database.catalog() as catalog:
             job = await catalog.jobs.get(job_id)
             if await catalog.jobs.cancel_queued(job_id):
-                await catalog.indexes.build_ended(job, JobState.CANCELLED)
+                await catalog.indexes.job_ended(job, JobState.CANCELLED)
                 await catalog.commit()
                 await self._queue.cancel(job_id)
             elif await catalog.jobs.request_cancel(job_id):
@@ -62,7 +62,7 @@ class JobService:
                 raise Conflict(
                     f"job {job_id} is {job.state}: only a failed or cancelled one can run again", field="job"
                 )
-            await catalog.indexes.build_retried(job)
+            await catalog.indexes.job_submitted(job)
             await catalog.commit()
             job = await catalog.jobs.get(job_id)
         await self.enqueue(job_id)

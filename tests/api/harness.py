@@ -59,9 +59,9 @@ class Api(httpx2.Client):
         """The job once it is in one of the states (any end, if none is named)."""
         return until(lambda: self.job(job_id), lambda job: job["state"] in (states or ENDED))
 
-    def ready(self, model_dir: Path, **more: Any) -> dict[str, Any]:
-        """A model, a dataset and an index that is built."""
-        self.register(model_dir)
+    def ready(self, model_dir: Path, model: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+        """A model, a dataset and an index that is built; `model` is more of the model, `more` of the index."""
+        self.register(model_dir, **(model or {}))
         must(self.upload(jsonl(rows())), 201)
         job = self.wait(self.build(**more)["job"]["id"])
         assert job["state"] == "succeeded", job

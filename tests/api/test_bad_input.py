@@ -2,13 +2,19 @@
 
 import contextlib
 import errno
+import io
 import json
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx2
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 
 from app.api import datasets
 from tests.api.harness import Api, jsonl, must, problem, rows
@@ -45,6 +51,17 @@ def test_an_unknown_index(asked: Api) -> None:
 @pytest.mark.parametrize("top_k", [0, -1, 1001])
 def test_top_k_out_of_bounds(asked: Api, top_k: int) -> None:
     problem(asked.post("/influence", json=ASK | {"top_k": top_k}), 422, "invalid-request", "top_k")
+
+
+@pytest.mark.parametrize("tokens", ["query", "train", "both"])
+def test_more_rows_with_token_scores_than_a_query_may_ask_for(asked: Api, tokens: str) -> None:
+    refused = problem(
+        asked.post("/influence", json=ASK | {"top_k": 51, "tokens": tokens}), 422, "invalid-request", "top_k"
+    )
+    assert "50" in refused["detail"]
+    assert "none" in refused["detail"]
+    must(asked.post("/influence", json=ASK | {"top_k": 51, "tokens": "none"}))
+    must(asked.post("/influence", json=ASK | {"top_k": 50, "tokens": "query"}))
 
 
 @pytest.mark.parametrize("span", [[0, 0], [5, 2], [0, 999], [-1, 3]])
@@ -123,6 +140,43 @@ def test_text_that_is_not_utf8(api: Api) -> None:
     assert "UTF-8" in refused["detail"]
 
 
+def test_a_number_that_is_too_long_to_read(api: Api) -> None:
+    content = jsonl(rows(1)) + b'{"prompt": "How many?", "response": "Many.", "n": ' + b"9" * 5000 + b"}\n"
+    assert "line 2" in problem(api.upload(content), 422, "bad-row", "file")["detail"]
+
+
+def test_a_malformed_parquet_file(api: Api) -> None:
+    for content in (b"PAR1 and nothing more", b"", _parquet(rows(3))[:-40]):
+        problem(api.upload(content, filename="rows.parquet"), 422, "bad-row", "file")
+    assert must(api.get("/datasets"))["items"] == []
+
+
+def test_a_parquet_file_with_a_bad_row(api: Api) -> None:
+    content = _parquet([*rows(2), rows(1, start=2)[0] | {"response": " "}])
+    assert "line 3" in problem(api.upload(content, filename="rows.parquet"), 422, "bad-row", "response")["detail"]
+    must(api.upload(_parquet(rows(3)), filename="rows.parquet"), 201)
+
+
+@pytest.mark.parametrize(
+    ("content", "line", "field"),
+    [
+        (b"prompt,response\nWho?,Me.\nAnd?,\n", "line 3", "response"),
+        (b"prompt,response\nWho?,Me.,more,cells\n", "line 2", "file"),
+        (b"prompt,response\nWho?,Me.\nO\xf9?,L\xe0.\n", "line", "file"),
+        (b"question,remark\nWho?,Me.\n", "line 2", "response"),
+        (b"a,b\nWho?,Me.\n", "line 2", "columns"),
+    ],
+)
+def test_a_malformed_csv_file(api: Api, content: bytes, line: str, field: str) -> None:
+    assert line in problem(api.upload(content, filename="rows.csv"), 422, "bad-row", field)["detail"]
+
+
+def test_every_ending_that_the_library_reads_is_taken(api: Api, tmp_path: Path) -> None:
+    assert must(api.upload(jsonl(rows(3)), filename="rows.ndjson"), 201)["rows"] == 3
+    (tmp_path / "more.ndjson").write_bytes(jsonl(rows(2)))
+    must(api.post("/datasets", json={"name": "more", "path": str(tmp_path / "more.ndjson")}), 201)
+
+
 def test_no_rows_at_all(api: Api) -> None:
     problem(api.upload(b""), 422, "bad-row", "rows")
 
@@ -186,9 +240,10 @@ def test_an_upload_of_unknown_length_is_cut_off_when_it_has_come_too_far(serve: 
     assert list((tmp_path / "uploads").iterdir()) == []
 
 
-def test_a_full_disk_refuses_an_upload_and_keeps_nothing(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_refuses_an_upload_and_keeps_nothing(api: Api, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     def full(*_args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(datasets, "_copy", full)
     problem(api.upload(jsonl(rows(2))), 507, "disk-full")
@@ -282,6 +337,21 @@ def test_weights_that_are_not_numbers(api: Api, tiny_model_dir: Path, tmp_path: 
     assert "nan" in refused["detail"].lower()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_this_machine_has_not(api: Api, tiny_model_dir: Path) -> None:
+    body = {"name": "m", "path": str(tiny_model_dir), "device": "cuda"}
+    problem(api.post("/models", json=body), 422, "bad-model", "device")
+    assert api.get("/models/m").status_code == 404
+
+
+def test_an_adapter_where_the_base_should_be(api: Api, tiny_adapter_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_adapter_dir, tmp_path / "adapter")
+    refused = problem(
+        api.post("/models", json={"name": "m", "path": str(tmp_path / "adapter")}), 422, "bad-model", "path"
+    )
+    assert "adapter" in refused["detail"]
+
+
 def test_a_folder_that_holds_no_model(api: Api, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     problem(api.post("/models", json={"name": "m", "path": str(tmp_path / "empty")}), 422, "bad-model")
@@ -301,6 +371,45 @@ def test_a_projection_that_makes_no_sense(asked: Api) -> None:
     problem(asked.post("/indexes", json=body), 422, "invalid-request", "projection.size")
 
 
+@pytest.mark.parametrize(
+    ("kind", "size"), [("kronecker", 600), ("global", 1000), ("global", 4), ("rapidgrad", 2), ("rapidgrad", 2**24 + 1)]
+)
+def test_a_projection_of_an_impossible_size(asked: Api, kind: str, size: int) -> None:
+    body = {"name": "i", "model": "tiny", "dataset": "facts", "projection": {"kind": kind, "size": size}}
+    slug = "invalid-request" if size > 2**24 else "bad-index"
+    problem(asked.post("/indexes", json=body), 422, slug, "projection.size")
+    assert asked.get("/indexes/i").status_code == 404
+
+
+@pytest.mark.parametrize(("kind", "size"), [("kronecker", 16), ("global", 4096), ("rapidgrad", 65536)])
+def test_a_projection_without_a_size_gets_the_usual_one(api: Api, tiny_model_dir: Path, kind: str, size: int) -> None:
+    api.ready(tiny_model_dir, projection={"kind": kind})
+    index = must(api.get("/indexes/idx"))
+    assert index["spec"]["projection"] == {"kind": kind, "size": size, "seed": 0}
+    assert index["manifest"]["spec"]["projection"] == index["spec"]["projection"]
+    must(api.post("/influence", json=ASK))
+
+
+def test_a_chat_template_that_the_tokenizer_does_not_have(api: Api, tiny_model_dir: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "plain"
+    shutil.copytree(tiny_model_dir, folder)
+    (folder / "chat_template.jinja").unlink()
+    api.register(folder)
+    must(api.upload(jsonl(rows(3))), 201)
+    body = {"name": "i", "model": "tiny", "dataset": "facts", "template": "chat"}
+    problem(api.post("/indexes", json=body), 422, "bad-index", "template")
+    assert api.wait(api.build(template="plain")["job"]["id"])["state"] == "succeeded"
+
+
+def test_two_who_take_a_name_at_the_same_moment(api: Api, tiny_model_dir: Path) -> None:
+    api.register(tiny_model_dir)
+    must(api.upload(jsonl(rows(3))), 201)
+    with ThreadPoolExecutor(8) as crowd:
+        body = {"name": "i", "model": "tiny", "dataset": "facts"}
+        codes = sorted(one.status_code for one in crowd.map(lambda _: api.post("/indexes", json=body), range(8)))
+    assert codes == [202, *[409] * 7]
+
+
 def test_an_index_name_that_is_taken(asked: Api) -> None:
     problem(asked.post("/indexes", json={"name": "idx", "model": "tiny", "dataset": "facts"}), 409, "already-exists")
 
@@ -309,6 +418,12 @@ def test_rows_and_a_dataset_at_once_or_neither(asked: Api) -> None:
     problem(asked.post("/indexes/idx/samples", json={}), 422, "invalid-request", "dataset")
     bad = {"rows": [{"prompt": "no response"}]}
     problem(asked.post("/indexes/idx/samples", json=bad), 422, "bad-row")
+
+
+def _parquet(records: list[dict[str, Any]]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), file)
+    return file.getvalue()
 
 
 def _change_weights(folder: Path, value: float = 0.5) -> None:

@@ -2,12 +2,15 @@
 
 import errno
 import json
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app.influence import building
 from tests.api.harness import Api, jsonl, must, problem, rows
 from workers import build_index
 
@@ -65,7 +68,7 @@ def test_events_of_an_unknown_job(api: Api) -> None:
 
 
 def test_a_running_job_is_cancelled_between_steps_and_can_go_on(api: Api, tiny_model_dir: Path) -> None:
-    job_id = start(api, tiny_model_dir, 1500)
+    job_id = start(api, tiny_model_dir, 600)
     api.wait(job_id, "running")
     must(api.post(f"/jobs/{job_id}/cancel"), 202)
     assert api.wait(job_id)["state"] == "cancelled"
@@ -116,6 +119,78 @@ def test_a_full_disk_fails_the_job_clearly_and_it_can_be_retried(
     must(api.post(f"/jobs/{job_id}/retry"), 202)
     assert api.wait(job_id)["state"] == "succeeded"
     assert must(api.get("/indexes/idx"))["rows"] == 40
+
+
+class Publishing:
+    """Stands before the publication of an index's files and holds it until it may go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+        publish = building.publish
+
+        def held(*args: Any) -> None:
+            self.reached.set()
+            assert self.go.wait(30)
+            publish(*args)
+
+        monkeypatch.setattr(building, "publish", held)
+
+
+def test_a_cancel_that_comes_while_a_build_is_published_comes_too_late(
+    api: Api, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing = Publishing(monkeypatch)
+    job_id = start(api, tiny_model_dir, 12)
+    assert publishing.reached.wait(30)
+    must(api.post(f"/jobs/{job_id}/cancel"), 202)
+    publishing.go.set()
+    job = api.wait(job_id)
+    assert (job["state"], job["cancel_requested"], job["result"]["rows"]) == ("succeeded", True, 12)
+    assert must(api.get("/indexes/idx"))["state"] == "ready"
+
+
+def test_a_cancelled_append_adds_its_rows_or_says_that_it_succeeded(
+    api: Api, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api.ready(tiny_model_dir)
+    must(api.upload(jsonl(rows(400, start=100)), name="more"), 201)
+    job_id = must(api.post("/indexes/idx/samples", json={"dataset": "more"}), 202)["job"]["id"]
+    api.wait(job_id, "running")
+    must(api.post(f"/jobs/{job_id}/cancel"), 202)
+    assert api.wait(job_id)["state"] == "cancelled"
+    assert must(api.get("/indexes/idx"))["rows"] == 12
+
+    publishing = Publishing(monkeypatch)
+    must(api.post(f"/jobs/{job_id}/retry"), 202)
+    assert publishing.reached.wait(30)
+    must(api.post(f"/jobs/{job_id}/cancel"), 202)
+    publishing.go.set()
+    assert api.wait(job_id)["state"] == "succeeded"
+    assert must(api.get("/indexes/idx"))["rows"] == 412
+
+
+def test_progress_never_goes_backwards_and_every_stage_has_an_eta(
+    serve: Any, tiny_model_dir: Path, tiny_adapter_dir: Path, tmp_path: Path
+) -> None:
+    api = serve(progress_interval_s=0, events_interval_s=0.001)
+    shutil.copytree(tiny_adapter_dir, tmp_path / "adapter")
+    checkpoints = [{"name": name, "adapter": str(tmp_path / "adapter")} for name in ("early", "late")]
+    api.register(tiny_model_dir, checkpoints=checkpoints)
+    must(api.upload(jsonl(rows(60))), 201)
+    must(api.upload(jsonl(rows(120, start=60)), name="held"), 201)
+    job_id = api.build(heldout="held")["job"]["id"]
+    stages: dict[str, list[dict[str, Any]]] = {}
+    for event in events(api, job_id):
+        if progress := event["data"]["progress"]:
+            stages.setdefault(progress["stage"], []).append(progress)
+    assert {"gradients", "heldout"} <= stages.keys()
+    for seen in stages.values():
+        done = [progress["done"] for progress in seen]
+        assert done == sorted(done)
+        assert all(progress["done"] <= progress["total"] for progress in seen)
+    for stage in ("gradients", "heldout"):
+        assert any(progress["eta_s"] is not None for progress in stages[stage]), stage
+    assert api.job(job_id)["state"] == "succeeded"
 
 
 def test_a_job_that_breaks_leaks_nothing(api: Api, tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from app.influence import index as index_module
-from app.influence.building import append, build
+from app.influence.building import append, build, repair
 from app.influence.corpus import Encoder, Message, Row, parse_row
-from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError
+from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, QueryError, RowError, SpecError
 from app.influence.gradients import gradients, plan_for
 from app.influence.index import FEW, IndexSpec, ProjectionSpec, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
@@ -51,8 +51,10 @@ def test_scores_are_those_of_the_gradients(path: Path, model: LoadedModel, rows:
     if normalize == "unit":
         vectors = vectors / vectors.norm(dim=1, keepdim=True)
     exact = 0.5 * vectors[:-1] @ vectors[-1]
-    (answer,) = influence(model, index, [query], Options(12, "none", normalize=normalize), rows.__getitem__)  # type: ignore[arg-type]
-    found = {hit.id: hit.score for hit in answer.proponents}
+    options = Options(12, "none", "both", normalize)  # type: ignore[arg-type]
+    (answer,) = influence(model, index, [query], options, rows.__getitem__)  # type: ignore[arg-type]
+    assert all(hit.score > 0 for hit in answer.proponents) and all(hit.score < 0 for hit in answer.opponents)
+    found = {hit.id: hit.score for hit in (*answer.proponents, *answer.opponents)}
     scores = torch.tensor([found[row.id] for row in rows])
     assert (scores - exact).abs().max() <= 2e-3 * exact.abs().max()  # fp16's rounding
 
@@ -128,7 +130,7 @@ def test_rows_come_and_go_by_id(path: Path, model: LoadedModel, rows: list[Row])
 def test_another_model_is_refused(path: Path, tiny_model_dir: Path, model: LoadedModel) -> None:
     with pytest.raises(Mismatch, match="adapter:early") as caught:
         open_index(path).check(load(ModelSpec(tiny_model_dir)))
-    assert set(caught.value.differs) == {"adapter:early"}
+    assert set(caught.value.differs) == {"adapter:early", "checkpoints"}
 
 
 @pytest.mark.parametrize(("text", "span"), [(" ", None), ("word " * 200, None), ("word", (2, 9)), ("word", (2, 2))])
@@ -160,7 +162,7 @@ def test_checkpoints_add_up_by_their_weights(
     else:
         two = (Checkpoint("a", tiny_adapter_dir), Checkpoint("b", other(tiny_adapter_dir, tmp_path / "m"), weight=3))
     query = Query((Message("user", "Question 3?"),), "word 3 and more")
-    options = Options(len(rows), "query", normalize=normalize)  # type: ignore[arg-type]
+    options = Options(len(rows), "query", "both", normalize)  # type: ignore[arg-type]
     scores = []
     for checkpoints in (two[:1], two[1:], two):
         model = load(ModelSpec(tiny_model_dir, checkpoints=checkpoints))
@@ -169,7 +171,8 @@ def test_checkpoints_add_up_by_their_weights(
         index = open_index(path)
         assert all("heldout_loss" in c for c in index.manifest.checkpoints)
         (answer,) = influence(model, index, [query], options, rows.__getitem__)  # type: ignore[arg-type]
-        scores.append({hit.id: torch.tensor([hit.score, *(hit.token_scores or [])]) for hit in answer.proponents})
+        hits = (*answer.proponents, *answer.opponents)
+        scores.append({hit.id: torch.tensor([hit.score, *(hit.token_scores or [])]) for hit in hits})
     first, second, both = scores
     largest = max(float(one.abs().max()) for one in both.values())
     for row in rows:  # the weights are in each index's scores already
@@ -207,3 +210,120 @@ def test_cut_rows_are_reported(tmp_path: Path, model: LoadedModel) -> None:
     list(build(tmp_path / "i", model, [long], SPEC))
     manifest = open_index(tmp_path / "i").manifest
     assert manifest.stats["truncated_rows"] == 1 and any("cut" in warning for warning in manifest.warnings)
+
+
+def test_a_damaged_index_is_repaired_with_what_came_and_went_since(
+    path: Path, model: LoadedModel, rows: list[Row]
+) -> None:
+    new = parse_row({"prompt": "New?", "response": "new"})
+    list(append(path, model, [new]))
+    delete(path, [rows[2].id])
+    before = files(path)
+    by_id = {row.id: row for row in [*rows, new]}
+    for name in ("000000.faiss", "000001.safetensors", "000003.faiss"):
+        (path / "shards" / name).write_bytes(b"damaged")
+        with pytest.raises(IndexCorrupt):
+            open_index(path)
+    list(repair(path, model, by_id.__getitem__))
+    assert files(path) == before
+    assert sorted(open_index(path).ids) == sorted({row.id for row in [*rows, new]} - {rows[2].id})
+
+
+def test_a_build_that_was_published_is_not_built_again(path: Path, model: LoadedModel, rows: list[Row]) -> None:
+    delete(path, [rows[0].id])
+    before = files(path)
+    assert [step.stage for step in build(path, model, rows, SPEC)] == ["publish"]
+    assert files(path) == before
+    with pytest.raises(SpecError, match="other"):
+        list(build(path, model, rows[1:], SPEC))
+
+
+def test_a_row_that_does_not_fit_is_flagged_and_the_rest_is_built(
+    tmp_path: Path, model: LoadedModel, rows: list[Row]
+) -> None:
+    unfit = parse_row({"prompt": "long " * 60, "response": "never seen"})
+    path = tmp_path / "i"
+    list(build(path, model, [rows[0], unfit, rows[1]], SPEC))
+    for _ in range(2):
+        index = open_index(path)
+        assert index.ids == [rows[0].id, rows[1].id]
+        assert index.manifest.stats["unfit_rows"] == 1 and any("limit" in w for w in index.manifest.warnings)
+        list(append(path, model, [unfit]))  # it is there already, if only flagged
+    losses = [open_index(tmp_path / "i").manifest.checkpoints[0]["train_loss"]]
+    list(build(tmp_path / "j", model, rows[:2], SPEC))
+    losses.append(open_index(tmp_path / "j").manifest.checkpoints[0]["train_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # a flagged row is not a loss of zero
+    with pytest.raises(RowError, match="max_length"):
+        list(build(tmp_path / "k", model, [unfit], SPEC))
+
+
+def test_heldout_rows_that_were_trained_on_are_not_measured(
+    tmp_path: Path, model: LoadedModel, rows: list[Row]
+) -> None:
+    list(build(tmp_path / "i", model, rows[:4], SPEC, rows[2:6]))
+    list(build(tmp_path / "j", model, rows[:4], SPEC, rows[4:6]))
+    one, other = (open_index(tmp_path / name).manifest for name in "ij")
+    assert one.checkpoints == other.checkpoints
+    assert any("held-out" in warning for warning in one.warnings) and not other.warnings
+
+
+def test_bfloat16_token_scores_average_to_the_row_score(
+    tmp_path: Path, tiny_model_dir: Path, tiny_adapter_dir: Path, rows: list[Row]
+) -> None:
+    model = load(ModelSpec(tiny_model_dir, checkpoints=(Checkpoint("a", tiny_adapter_dir),), dtype="bfloat16"))
+    list(build(tmp_path / "i", model, rows, SPEC))
+    by_id = {row.id: row for row in rows}
+    query = Query((Message("user", "Question 3?"),), "word 3 and more")
+    (answer,) = influence(model, open_index(tmp_path / "i"), [query], Options(3, "both"), by_id.__getitem__)
+    assert answer.definition.tokens_route == "backwards"  # bfloat16 rounds more than a nudge is
+    for hit in answer.proponents:
+        assert hit.token_scores and hit.train_tokens
+        assert sum(hit.token_scores) / len(hit.token_scores) == pytest.approx(hit.score, rel=0.1)
+
+
+def test_the_cheaper_route_is_taken_and_named(path: Path, model: LoadedModel, rows: list[Row]) -> None:
+    index, query = open_index(path), Query((Message("user", "Question 3?"),), "word 3")
+    found = {}
+    for k in (1, 12):
+        (answer,) = influence(model, index, [query], Options(k), rows.__getitem__)  # type: ignore[arg-type]
+        found[answer.definition.tokens_route] = answer.proponents[0].token_scores
+    assert found["nudges"] == pytest.approx(found["backwards"], rel=1e-2, abs=1e-3)
+
+
+def test_a_character_of_several_tokens_is_shown_once(path: Path, model: LoadedModel) -> None:
+    query = Query((Message("user", "Who?"),), "naïve ☂!")
+    (answer,) = influence(model, open_index(path), [query], Options(tokens="none"), lambda _: pytest.fail("not asked"))
+    assert "".join(token.text for token in answer.tokens) == "naïve ☂!"
+    assert len(answer.tokens) > len("naïve ☂!")
+
+
+@pytest.mark.parametrize("template", ["chat", "plain"])
+def test_the_model_answers_in_the_template_of_the_index(
+    tmp_path: Path, tiny_model_dir: Path, rows: list[Row], template: str
+) -> None:
+    model = load(ModelSpec(tiny_model_dir))
+    spec = IndexSpec(ProjectionSpec(size=4), template=template)  # type: ignore[arg-type]
+    list(build(tmp_path / "i", model, rows[:2], spec))
+    prompt = (Message("user", "Where?"),)
+    text = model.generate(prompt, 8, template)  # type: ignore[arg-type]
+    query = Query(prompt, text)
+    (answer,) = influence(model, open_index(tmp_path / "i"), [query], Options(tokens="none"), rows.__getitem__)  # type: ignore[arg-type]
+    wrong = Query((Message("user", "where"),), "".join(reversed(text)) + "zq")
+    (other,) = influence(model, open_index(tmp_path / "i"), [wrong], Options(tokens="none"), rows.__getitem__)  # type: ignore[arg-type]
+    assert answer.loss < other.loss / 2  # greedy: each token is the likeliest
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "width"),
+    [("kronecker", 0, None), ("global", 0, 4096), ("rapidgrad", 0, 65536), ("rapidgrad", None, 65536)],
+)
+def test_each_projection_has_its_usual_size(kind: str, size: int, width: int | None, model: LoadedModel) -> None:
+    spec = ProjectionSpec(kind, size)  # type: ignore[arg-type]
+    assert plan_for(model, spec).width == (width or plan_for(model, ProjectionSpec(size=16)).width)
+
+
+@pytest.mark.parametrize(("kind", "size"), [("kronecker", 600), ("global", 1000), ("rapidgrad", 2), ("other", 16)])
+def test_a_projection_that_cannot_be_is_refused(kind: str, size: int) -> None:
+    with pytest.raises(SpecError) as caught:
+        ProjectionSpec(kind, size)  # type: ignore[arg-type]
+    assert (caught.value.field or "").startswith("projection.")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import gguf
 import pytest
@@ -10,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from app.influence import models
 from app.influence.corpus import Encoder, Message, parse_row
 from app.influence.errors import ModelError
 from app.influence.gradients import gradients, plan_for
@@ -99,6 +101,12 @@ def broken(folder: Path, kind: str) -> None:
         }
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "mine.py").write_text("raise SystemExit('this code ran')\n")
+    elif kind == "a weight short":
+        tensors = load_file(weights)
+        del tensors["model.layers.0.mlp.up_proj.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif kind == "an adapter's":
+        (folder / "adapter_config.json").write_text("{}")
     elif kind == "empty":
         shutil.rmtree(folder)
         folder.mkdir()
@@ -112,6 +120,8 @@ def broken(folder: Path, kind: str) -> None:
         ("truncated", "cannot be loaded"),
         ("remote code", "cannot be loaded"),
         ("empty", "no safetensors"),
+        ("a weight short", "lacks 1"),
+        ("an adapter's", "adapter's folder"),
     ],
 )
 def test_a_folder_that_is_no_model_we_load_is_refused(
@@ -124,12 +134,59 @@ def test_a_folder_that_is_no_model_we_load_is_refused(
     assert caught.value.field == "path"
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_model_dir: Path, tiny_adapter_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["narrower", "short of a weight", "of a deeper model"])
+def test_an_adapter_that_does_not_fit_is_refused(
+    tiny_model_dir: Path, tiny_adapter_dir: Path, tmp_path: Path, how: str
+) -> None:
     folder = shutil.copytree(tiny_adapter_dir, tmp_path / "adapter")
     file = folder / "adapter_model.safetensors"
-    save_file({name: tensor[:, :-1].contiguous() for name, tensor in load_file(file).items()}, file)
-    with pytest.raises(ModelError, match="does not fit"):
+    weights = load_file(file)
+    name = next(iter(weights))
+    if how == "narrower":
+        weights[name] = weights[name][:, :-1].contiguous()
+    elif how == "short of a weight":
+        del weights[name]
+    else:
+        weights[name.replace("layers.0", "layers.7")] = weights[name].clone()
+    save_file(weights, file)
+    with pytest.raises(ModelError, match="does not fit") as caught:
         load(ModelSpec(tiny_model_dir, checkpoints=(Checkpoint("one", folder),)))
+    assert caught.value.field == "checkpoints.0.adapter"
+
+
+@pytest.mark.parametrize("name", ["v1.0", "train", "half", "items"])
+def test_a_checkpoint_may_have_any_name(tiny_model_dir: Path, tiny_adapter_dir: Path, name: str) -> None:
+    model = load(ModelSpec(tiny_model_dir, checkpoints=(Checkpoint(name, tiny_adapter_dir),)))
+    assert len(model.attributed) == 28 and f"adapter:{name}" in model.fingerprint
+
+
+def test_a_device_that_is_not_there_is_refused(tiny_model_dir: Path) -> None:
+    with pytest.raises(ModelError, match="device") as caught:
+        load(ModelSpec(tiny_model_dir, device="cuda:99"))
+    assert caught.value.field == "device"
+
+
+def test_a_module_that_runs_twice_is_skipped_and_listed(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = models._read
+
+    def shared(*args: Any) -> Any:
+        model = read(*args)
+        model.model.layers[1].mlp.up_proj = model.model.layers[0].mlp.up_proj
+        return model
+
+    monkeypatch.setattr(models, "_read", shared)
+    model = load(ModelSpec(tiny_model_dir))
+    assert len(model.attributed) == 12
+    assert [module.name for module in model.skipped if "2 times" in module.reason] == ["model.layers.0.mlp.up_proj"]
+
+
+def test_the_order_and_weights_of_checkpoints_are_in_the_fingerprint(
+    tiny_model_dir: Path, tiny_adapter_dir: Path
+) -> None:
+    a, b = Checkpoint("a", tiny_adapter_dir), Checkpoint("b", tiny_adapter_dir)
+    runs = [(a, b), (b, a), (a, Checkpoint("b", tiny_adapter_dir, weight=2.0))]
+    prints = [load(ModelSpec(tiny_model_dir, checkpoints=run)).fingerprint["checkpoints"] for run in runs]
+    assert len(set(prints)) == 3
 
 
 def test_checkpoints_must_attribute_the_same_modules(tiny_model_dir: Path, tiny_adapter_dir: Path) -> None:

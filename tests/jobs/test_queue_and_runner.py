@@ -40,9 +40,10 @@ class Counting:
             if self.failure is not None:
                 raise self.failure
             self.steps_done += 1
-            yield Step("counting", number, 5)
+            yield Step("counting", number, 5, final=number == 5)
 
-    async def ended(self, catalog: Catalog, job: Job, state: JobState) -> dict[str, Any]:
+    async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
+        assert (failure is None) == (state is not JobState.FAILED)
         self.ends.append(state)
         return {"steps": self.steps_done}
 
@@ -139,6 +140,24 @@ async def test_a_cancel_takes_effect_after_the_step(database: Database) -> None:
     assert (body.steps_done, body.ends) == (1, [JobState.CANCELLED])
 
 
+async def test_a_cancel_after_the_last_step_comes_too_late(database: Database) -> None:
+    body, job_id = Counting(), await submit(database)
+    steps = body.steps
+
+    async def cancelled_late(job: Job) -> AsyncGenerator[Step]:
+        async for step in steps(job):
+            if step.final:
+                async with database.catalog() as catalog:
+                    assert await catalog.jobs.request_cancel(job_id)
+                    await catalog.commit()
+            yield step
+
+    body.steps = cancelled_late  # type: ignore[method-assign]
+    await runner_of(database, body).run(job_id)
+    assert (await look(database, job_id)).state is JobState.SUCCEEDED
+    assert body.ends == [JobState.SUCCEEDED]
+
+
 async def test_a_process_that_stops_puts_its_job_back(database: Database) -> None:
     body, job_id = Counting(), await submit(database)
     body.go.clear()
@@ -158,7 +177,7 @@ async def test_a_failed_publication_fails_the_job(database: Database) -> None:
     body, job_id = Counting(), await submit(database)
     ends: list[JobState] = []
 
-    async def broken(catalog: Catalog, job: Job, state: JobState) -> dict[str, Any]:
+    async def broken(catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
         ends.append(state)
         if state is JobState.SUCCEEDED:
             raise RuntimeError("the files are gone")

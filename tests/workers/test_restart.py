@@ -11,10 +11,11 @@ from pathlib import Path
 import httpx2
 import pytest
 
+from app.influence.index import open_index
 from tests.api.harness import Api, jsonl, must, rows, until
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 1500
+ROWS = 900
 
 
 class Service:
@@ -31,7 +32,7 @@ class Service:
             "HEADWATER_THREADS": "1",
             "HEADWATER_PROGRESS_INTERVAL_S": "0.05",
         }
-        self.process = subprocess.Popen([sys.executable, "-m", "app.main"], cwd=ROOT, env=os.environ | settings)
+        self.process = subprocess.Popen([sys.executable, "-m", "app.cli", "serve"], cwd=ROOT, env=os.environ | settings)
         self.api = Api(base_url=f"http://127.0.0.1:{port}", timeout=60)
         until(self._answers, bool)
 
@@ -68,6 +69,33 @@ def files(path: Path) -> dict[str, bytes]:
     found = {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert "manifest.json" in found
     return found
+
+
+def test_an_append_that_is_killed_is_finished_with_each_row_once(
+    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    first = start()
+    first.api.ready(tiny_model_dir)
+    must(first.api.upload(jsonl(rows(ROWS, start=12)), name="more"), 201)
+    job_id = must(first.api.post("/indexes/idx/samples", json={"dataset": "more"}), 202)["job"]["id"]
+    until(lambda: first.api.job(job_id), lambda job: job["progress"] and job["progress"]["done"] >= 300)
+    first.kill()
+
+    second = start()
+    job = second.api.wait(job_id)
+    assert (job["state"], job["attempts"], job["result"]["rows"]) == ("succeeded", 2, ROWS + 12)
+    index = must(second.api.get("/indexes/idx"))
+    kept = open_index(tmp_path / "data/indexes" / index["id"]).ids
+    assert (len(kept), len(set(kept))) == (ROWS + 12, ROWS + 12)
+    given: set[str] = set()
+    for name in ("facts", "more"):
+        page = must(second.api.get(f"/datasets/{name}/samples", params={"limit": 500}))
+        given |= {sample["id"] for sample in page["items"]}
+        while page["next_cursor"]:
+            params = {"limit": 500, "cursor": page["next_cursor"]}
+            page = must(second.api.get(f"/datasets/{name}/samples", params=params))
+            given |= {sample["id"] for sample in page["items"]}
+    assert set(kept) == given
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])

@@ -30,7 +30,7 @@ class DatasetIn(Body):
     name: Name = Field(description=NAME, examples=[NAME_EXAMPLE])
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .json, .csv or .parquet file inside the allowed roots.",
+        description="A .jsonl, .ndjson, .json, .csv or .parquet file inside the allowed roots.",
         examples=["demo/corpus.jsonl"],
     )
     columns: ColumnsIn | None = Field(None, description=COLUMNS)

@@ -20,7 +20,14 @@ class ProjectionIn(Body):
         description="`kronecker`: size x size numbers a module; `global`: all modules summed into `size` numbers; "
         "`rapidgrad`: the hashed count-sketch of `size` buckets.",
     )
-    size: int = Field(16, ge=1, le=2**24, description="p for kronecker, K for the others.", examples=[16])
+    size: int | None = Field(
+        None,
+        ge=1,
+        le=2**24,
+        description="p for kronecker (1 to 512), K for the others (global: a square from 16 to 2^18; rapidgrad: 16 to "
+        "2^24). Left out: 16 for kronecker, 4096 for global, 65536 for rapidgrad.",
+        examples=[16],
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="Same seed, same numbers, on any machine.", examples=[0])
 
 
@@ -70,7 +77,9 @@ class IndexSummary(BaseModel):
 
     id: str = Field(description="Its id.", examples=["idx_0194b2c5f3a1e23f9a0c11"])
     name: str = Field(description="Its unique name.", examples=["facts"])
-    state: IndexState = Field(description="Only a ready index can be asked.", examples=["ready"])
+    state: IndexState = Field(
+        description="Only a ready index can be asked; a corrupt one can be repaired.", examples=["ready"]
+    )
     model: str = Field(description="Name of its model.", examples=["smollm2-veld"])
     dataset: str = Field(description="Name of its first dataset.", examples=["veld-facts"])
     rows: int = Field(description="Rows that it holds.", examples=[211])
@@ -89,6 +98,10 @@ class IndexSummary(BaseModel):
 class IndexOut(IndexSummary):
     """An index with its manifest."""
 
+    damage: str | None = Field(
+        description="What is wrong with its files, if anything was found; `POST /indexes/{index}/repair` mends it.",
+        examples=[None],
+    )
     manifest: dict[str, Any] | None = Field(
         description="What its numbers mean: hashes, projection, modules, checkpoints, shards. Null until built."
     )
@@ -96,7 +109,7 @@ class IndexOut(IndexSummary):
     @classmethod
     def of(cls, index: IndexRow) -> Self:
         """As the catalog has it."""
-        return cls(**_summary(index), manifest=index.manifest or None)
+        return cls(**_summary(index), damage=index.damage, manifest=index.manifest or None)
 
 
 class IndexAccepted(BaseModel):

@@ -44,14 +44,16 @@ class OptionsIn(Body):
     """How to answer."""
 
     index: Text = Field(description="Id or name of a ready index.", examples=["facts"])
-    top_k: int = Field(10, ge=1, description="How many samples to return in each direction.", examples=[10])
+    top_k: int = Field(10, ge=1, description="Most samples to return in each direction.", examples=[10])
     tokens: Literal["none", "query", "train", "both"] = Field(
         "query",
         description="Token scores for each sample: by token of the generation (`query`), of the sample (`train`), "
-        "for each pair (`both`), or none.",
+        "for each pair (`both`), or none. With token scores `top_k` has a lower limit, since each sample costs a pass.",
     )
     direction: Literal["proponents", "opponents", "both"] = Field(
-        "proponents", description="Samples that pushed towards the generation, away from it, or both."
+        "proponents",
+        description="Samples with a positive score (they pushed towards the generation), with a negative one (away "
+        "from it), or both.",
     )
     normalize: Literal["none", "unit"] = Field(
         "unit",
@@ -114,8 +116,15 @@ class CheckpointWeight(BaseModel):
 class DefinitionOut(BaseModel):
     """What the scores mean."""
 
-    name: str = Field(description="The estimator.", examples=["TracIn"])
-    formula: str = Field(description="Its formula.", examples=["sum_c w_c <g_c(query), g_c(sample)>"])
+    name: str = Field(
+        description="`gradient_dot`, `gradient_cosine`, or `layer_dot`, `layer_cosine` on an index of layer-normalised "
+        "gradients.",
+        examples=["gradient_cosine"],
+    )
+    formula: str = Field(
+        description="Its formula.",
+        examples=["sum over checkpoints of weight x <g_q, g_z> / (|g_q| |g_z|)"],
+    )
     normalize: str = Field(description="Normalisation of the query.", examples=["unit"])
     index_normalisation: str = Field(description="Normalisation of the index.", examples=["none"])
     projection: dict[str, Any] = Field(description="How gradients were compressed.", examples=[{"kind": "kronecker"}])
@@ -131,8 +140,14 @@ class InfluenceOut(BaseModel):
     generated: bool = Field(description="The model wrote it for this request.", examples=[False])
     loss: float = Field(description="Mean loss of the tokens in the span (nats).", examples=[0.87])
     tokens: list[TokenOut] = Field(description="The generation, token by token.")
-    proponents: list[HitOut] = Field(description="Samples that pushed towards it, strongest first.")
-    opponents: list[HitOut] = Field(description="Samples that pushed away from it, strongest first.")
+    proponents: list[HitOut] = Field(
+        description="The `top_k` samples of the highest score, highest first: none whose score is not above 0. "
+        "Empty when `direction` is `opponents`."
+    )
+    opponents: list[HitOut] = Field(
+        description="The `top_k` samples of the lowest score, lowest first: none whose score is not below 0, so there "
+        "may be none. Empty when `direction` is `proponents`."
+    )
     definition: DefinitionOut = Field(description="What the scores mean.")
     warnings: list[str] = Field(description="What to keep in mind: over-fitting, cut rows, a wrong template.")
     timings: dict[str, float] = Field(
