@@ -57,8 +57,11 @@ openapi-check: $(STAMP) ## fail when openapi/openapi.json is not the document th
 
 check: lint typecheck openapi-check test ## all that CI runs
 
-bench: $(STAMP) ## run the benchmarks and print their tables (long; docs/results.md says which is which)
-	@for script in benchmarks/[a-z]*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
+	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
+	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
+	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
+	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
 
 lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new
