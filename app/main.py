@@ -76,9 +76,9 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             async with database.catalog() as catalog:
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
-            await _sweep(database, settings.indexes_dir)
         else:
             await database.check()
+        await _sweep(database, settings.indexes_dir)
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )

@@ -2,18 +2,21 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from app.api.schemas.datasets import Duplicates, InlineRow
-from app.catalog.datasets import NewSample
+from app.catalog.copying import NewSample
 from app.catalog.tables import Dataset
 from app.catalog.types import new_id
 from app.influence.corpus import Columns, Row, parse_row, read_rows
 from app.influence.errors import RowError
 from app.problems import Refusal
+
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it; PostgreSQL's JSONB has no room for it
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,11 @@ def _collect(rows: Iterable[Row], duplicates: Duplicates, max_rows: int) -> Inge
 def _metadata(row: Row, number: int) -> dict[str, Any]:
     """The row's other columns as JSON can hold them: Parquet has dates and decimals, which become text."""
     try:
-        kept: dict[str, Any] = json.loads(json.dumps(dict(row.metadata), default=str, allow_nan=False))
-        json.dumps(kept, ensure_ascii=False).encode()
+        written = json.dumps(dict(row.metadata), default=str, allow_nan=False, ensure_ascii=False)
+        written.encode()
     except ValueError as error:
         raise RowError(f"row {number} has metadata that JSON cannot hold: {error}", field=f"row {number}") from error
+    if NUL.search(written):
+        raise RowError(f"row {number} has a NUL character in its metadata: leave it out", field=f"row {number}")
+    kept: dict[str, Any] = json.loads(written)
     return kept

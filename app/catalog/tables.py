@@ -81,7 +81,6 @@ class Sample(Base):
     __tablename__ = "samples"
     __table_args__ = (
         UniqueConstraint("dataset_id", "row_id"),
-        Index(None, "row_id"),
         Index(
             None,
             "metadata",

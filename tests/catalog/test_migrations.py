@@ -12,8 +12,8 @@ from alembic import command
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, inspect, text
 
+from app.catalog.copying import NewSample
 from app.catalog.database import MIGRATIONS, Database, alembic_config, make_engine
-from app.catalog.datasets import NewSample
 from app.catalog.errors import WrongSchema
 from app.catalog.tables import Base, Dataset, IndexRow, Job, Model
 from app.catalog.types import IndexState, JobKind, JobState, new_id
