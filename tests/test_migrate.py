@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import app
 from tests.conftest import BACKENDS
 from tests.servers import postgres_database
 
@@ -42,9 +44,13 @@ def ended(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, said
 
 
-def test_migrate_goes_up_down_and_checks(url: str, tmp_path: Path) -> None:
+def test_migrate_goes_up_down_and_checks(url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_DATABASE_URL", url)
+    monkeypatch.setenv("HEADWATER_DATA_DIR", str(tmp_path))
+
     def run(*arguments: str) -> tuple[int, str]:
-        return ended(headwater(url, tmp_path, "migrate", *arguments))
+        done = CliRunner(env={"NO_COLOR": "1", "COLUMNS": "200"}).invoke(app, ["migrate", *arguments])
+        return done.exit_code, done.output
 
     status, said = run("--check")
     assert (status, "run `headwater migrate`" in said) == (1, True), said
