@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format typecheck openapi openapi-check check bench lock clean
+.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check check bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: $(STAMP) ## the main job on a small real model, from nothing to two answer
 
 serve: $(STAMP) ## serve the API on HEADWATER_PORT (8000)
 	$(BIN)/headwater serve $(ARGS)
+
+migrate: $(STAMP) ## bring the database of HEADWATER_DATABASE_URL to the revision that this version needs
+	$(BIN)/headwater migrate $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (ARGS='-k name' for some of them)
@@ -59,6 +62,7 @@ check: lint typecheck openapi-check test ## all that CI runs
 
 bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
 	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
+	$(BIN)/python benchmarks/catalog.py --json benchmarks/out/catalog.json
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json

@@ -69,14 +69,16 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
     for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        database = Database(settings.catalog_url)
+        database = Database(settings.catalog_url, **settings.database_pool)
         stack.push_async_callback(database.close)
         if database.embedded:
             await database.migrate()
             async with database.catalog() as catalog:
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
-            await _sweep(database, settings.indexes_dir)
+        else:
+            await database.check()
+        await _sweep(database, settings.indexes_dir)
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ from app.api.idempotency import IdempotentRoute
 from app.api.ingest import Ingested, read_file
 from app.api.schemas.common import Listing
 from app.api.schemas.datasets import DatasetIn, DatasetOut, DatasetUpload, SampleOut
+from app.api.schemas.filters import EXAMPLE, FILTER, parse_text
 from app.api.services import Cursor, Limit, Reading, Services, Use
 from app.catalog.tables import Dataset
 from app.catalog.types import new_id
@@ -101,14 +102,20 @@ async def delete_dataset(dataset: DatasetRef, services: Use) -> None:
 
 @router.get("/{dataset}/samples", responses=problems(404))
 async def list_samples(
-    dataset: DatasetRef, catalog: Reading, services: Use, limit: Limit = 50, cursor: Cursor = None
+    dataset: DatasetRef,
+    catalog: Reading,
+    services: Use,
+    limit: Limit = 50,
+    cursor: Cursor = None,
+    filter: Annotated[str | None, Query(description=f"As JSON. {FILTER}", examples=[json.dumps(EXAMPLE)])] = None,
 ) -> Listing[SampleOut]:
-    """The rows of a dataset in their order."""
+    """The rows of a dataset in their order; with a filter, those whose metadata match."""
+    conditions = parse_text(filter)
     if cursor is not None and not (cursor.isdecimal() and len(cursor) < 16):
         raise Refusal(422, "bad-cursor", "this cursor is not one that the server gave", field="cursor")
     found = await catalog.datasets.get(dataset)
     after = -1 if cursor is None else int(cursor)
-    page = await catalog.datasets.samples(found.id, min(limit, services.settings.max_page), after)
+    page = await catalog.datasets.samples(found.id, min(limit, services.settings.max_page), after, conditions)
     items = [SampleOut.of(sample, json.loads(sample.record)) for sample in page.items]
     return Listing(items=items, next_cursor=page.next_cursor)
 

@@ -17,7 +17,7 @@ REASONS = {
     413: "Too large.",
     415: "Not a media type that is read here.",
     422: "The request is wrong; `errors` names the fields.",
-    503: "Too busy; try again after `Retry-After` seconds.",
+    503: "Too busy, or the database is away; try again after `Retry-After` seconds.",
     507: "The disk is full; nothing was kept.",
 }
 UNUSED = ("HTTPValidationError", "ValidationError")
@@ -55,6 +55,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         for method, operation in operations.items():
             if "422" in operation["responses"] or method == "post":
                 operation["responses"]["422"] = _problem(422)
+            if operation["operationId"] != "is_alive":
+                operation["responses"]["503"] = _problem(503)
     app.openapi_schema = made
     return made
 

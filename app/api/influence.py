@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import TypeVar
 
@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 
 from app.api.documents import problems
 from app.api.gather import Target
+from app.api.schemas.filters import parse
 from app.api.schemas.influence import (
     BatchItem,
     DefinitionOut,
@@ -26,6 +27,7 @@ from app.api.schemas.influence import (
 )
 from app.api.services import Services, Use
 from app.catalog.errors import CatalogError, Conflict
+from app.catalog.filters import Condition
 from app.catalog.tables import IndexRow, Sample
 from app.influence.corpus import Message, Row, row_from_json
 from app.influence.errors import HeadwaterError, QueryError
@@ -45,9 +47,10 @@ async def query_influence(body: InfluenceIn, services: Use, request: Request) ->
     Answers with the generation token by token, and the training samples that pushed the model towards it (proponents)
     or away from it (opponents). Calls that arrive together share one forward and backward pass.
     """
-    options = _options(body, services)
+    conditions, options = parse(body.filter), _options(body, services)
     index, target = await _target(body.index, services)
-    return await _unless_hung_up(request, _ask(body, index, target, options, services))
+    options = await _among(conditions, index, options, services)
+    return await _unless_hung_up(request, _ask(body, index, target, conditions, options, services))
 
 
 @router.post("/batch", responses=problems(404, 409, 413, 503))
@@ -56,13 +59,14 @@ async def query_influence_batch(body: InfluenceBatchIn, services: Use, request: 
     most = min(services.settings.max_batch_queries, services.settings.influence_queue)
     if len(body.queries) > most:
         raise Refusal(422, "invalid-request", f"one call may carry at most {most} queries", field="queries")
-    options = _options(body, services)
+    conditions, options = parse(body.filter), _options(body, services)
     index, target = await _target(body.index, services)
+    options = await _among(conditions, index, options, services)
     services.gatherer.require_room(len(body.queries))
 
     async def item(place: int, query: QueryIn) -> BatchItem:
         try:
-            return BatchItem(answer=await _ask(query, index, target, options, services))
+            return BatchItem(answer=await _ask(query, index, target, conditions, options, services))
         except (HeadwaterError, CatalogError, Refusal) as error:
             problem, _ = problem_of(error)
             for one in problem.errors:
@@ -85,6 +89,14 @@ def _options(body: OptionsIn, services: Services) -> Options:
     return Options(top_k=body.top_k, tokens=body.tokens, direction=body.direction, normalize=body.normalize)
 
 
+async def _among(conditions: Sequence[Condition], index: IndexRow, options: Options, services: Services) -> Options:
+    """The options, with the rows whose metadata meet the conditions."""
+    if not conditions:
+        return options
+    async with services.database.catalog() as catalog:
+        return replace(options, among=await catalog.datasets.matching(index.id, conditions))
+
+
 async def _target(ref: str, services: Services) -> tuple[IndexRow, Target]:
     """The index to ask and its model, both ready in memory, known to belong together."""
     async with services.database.catalog() as catalog:
@@ -104,7 +116,14 @@ async def _target(ref: str, services: Services) -> tuple[IndexRow, Target]:
     return index, Target(model, noted, noted.row_of, (index.id, index.version))
 
 
-async def _ask(body: QueryIn, index: IndexRow, target: Target, options: Options, services: Services) -> InfluenceOut:
+async def _ask(
+    body: QueryIn,
+    index: IndexRow,
+    target: Target,
+    conditions: Sequence[Condition],
+    options: Options,
+    services: Services,
+) -> InfluenceOut:
     began = time.perf_counter()
     messages = _messages(body)
     generation = body.generation
@@ -114,7 +133,8 @@ async def _ask(body: QueryIn, index: IndexRow, target: Target, options: Options,
     asked = time.perf_counter()
     answer = await services.gatherer.ask(target, query, options)
     answered = time.perf_counter()
-    samples = await _samples(services, index, [hit.id for hit in (*answer.proponents, *answer.opponents)])
+    hits = [hit.id for hit in (*answer.proponents, *answer.opponents)]
+    samples = await _samples(services, index, hits, conditions)
     timings = {
         **answer.timings,
         "generate": asked - began,
@@ -124,10 +144,12 @@ async def _ask(body: QueryIn, index: IndexRow, target: Target, options: Options,
     return _answer(index.id, body, generation, answer, samples, timings)
 
 
-async def _samples(services: Services, index: IndexRow, row_ids: Sequence[str]) -> dict[str, Sample]:
+async def _samples(
+    services: Services, index: IndexRow, row_ids: Sequence[str], conditions: Sequence[Condition] = ()
+) -> dict[str, Sample]:
     """The rows of an answer; the index may have been deleted since it was asked."""
     async with services.database.catalog() as catalog:
-        found = await catalog.datasets.of_index(index.id, row_ids)
+        found = await catalog.datasets.of_index(index.id, row_ids, conditions)
     if not found.keys() >= set(row_ids):
         raise Conflict(f"index {index.name!r} was deleted while it was asked", field="index")
     return found

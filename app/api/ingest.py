@@ -2,18 +2,23 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from app.api.schemas.datasets import Duplicates, InlineRow
-from app.catalog.datasets import NewSample
+from app.catalog.copying import NewSample
 from app.catalog.tables import Dataset
 from app.catalog.types import new_id
 from app.influence.corpus import Columns, Row, parse_row, read_rows
 from app.influence.errors import RowError
 from app.problems import Refusal
+
+NUL = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")  # as JSON writes it; PostgreSQL's JSONB has no room for it
+
+METADATA = json.JSONEncoder(default=str, allow_nan=False, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -59,16 +64,17 @@ def _collect(rows: Iterable[Row], duplicates: Duplicates, max_rows: int) -> Inge
     samples: dict[str, NewSample] = {}
     skipped = 0
     for number, row in enumerate(rows, start=1):
-        if row.id in samples:
+        row_id = row.id  # a hash of the whole text
+        if row_id in samples:
             if duplicates == "error":
-                first = list(samples).index(row.id) + 1
+                first = list(samples).index(row_id) + 1
                 detail = f"row {number} has the same text as row {first}; send duplicates=skip to leave such rows out"
                 raise RowError(detail, field=f"row {number}")
             skipped += 1
             continue
         if len(samples) == max_rows:
             raise Refusal(413, "too-many-rows", f"a dataset may have at most {max_rows:,} rows", field="rows")
-        samples[row.id] = NewSample(row.id, row.to_json(), _metadata(row, number))
+        samples[row_id] = NewSample(row_id, row.to_json(), _metadata(row, number))
     if not samples:
         raise RowError("there are no rows", field="rows")
     return Ingested(list(samples.values()), skipped)
@@ -77,8 +83,11 @@ def _collect(rows: Iterable[Row], duplicates: Duplicates, max_rows: int) -> Inge
 def _metadata(row: Row, number: int) -> dict[str, Any]:
     """The row's other columns as JSON can hold them: Parquet has dates and decimals, which become text."""
     try:
-        kept: dict[str, Any] = json.loads(json.dumps(dict(row.metadata), default=str, allow_nan=False))
-        json.dumps(kept, ensure_ascii=False).encode()
+        written = METADATA.encode(dict(row.metadata))
+        written.encode()
     except ValueError as error:
         raise RowError(f"row {number} has metadata that JSON cannot hold: {error}", field=f"row {number}") from error
+    if NUL.search(written):
+        raise RowError(f"row {number} has a NUL character in its metadata: leave it out", field=f"row {number}")
+    kept: dict[str, Any] = json.loads(written)
     return kept

@@ -1,26 +1,17 @@
 """The repository of datasets and their samples."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import delete, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.catalog.copying import NewSample, copy_samples
 from app.catalog.errors import AlreadyExists, Conflict, NotFound
+from app.catalog.filters import Condition, where
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Dataset, IndexDataset, IndexRow, Sample
 
 CHUNK = 500  # values in one IN (...) or one insert; SQLite counts its bound variables
-
-
-@dataclass(frozen=True)
-class NewSample:
-    """A row on its way in: stable id, canonical record, metadata."""
-
-    row_id: str
-    record: str
-    extra: dict[str, Any]
 
 
 class Datasets:
@@ -28,6 +19,10 @@ class Datasets:
 
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
+
+    @property
+    def _dialect(self) -> str:
+        return self._session.get_bind().dialect.name
 
     async def get(self, ref: str, field: str = "dataset") -> Dataset:
         """The dataset with that id or name."""
@@ -47,6 +42,9 @@ class Datasets:
         await self.require_free(dataset.name)
         self._session.add(dataset)
         await self._session.flush()
+        if self._dialect == "postgresql":
+            await copy_samples(self._session, dataset.id, samples)
+            return
         for start in range(0, len(samples), CHUNK):
             values = [
                 {
@@ -78,9 +76,13 @@ class Datasets:
         """Datasets, newest first."""
         return await newest_first(self._session, Dataset, limit=limit, cursor=cursor)
 
-    async def samples(self, dataset_id: str, limit: int, after: int) -> Page[Sample]:
-        """Samples in their order, those behind the ordinal `after`."""
-        query = select(Sample).where(Sample.dataset_id == dataset_id, Sample.ordinal > after)
+    async def samples(
+        self, dataset_id: str, limit: int, after: int, conditions: Sequence[Condition] = ()
+    ) -> Page[Sample]:
+        """Samples in their order, those behind the ordinal `after` that meet the conditions."""
+        query = select(Sample).where(
+            Sample.dataset_id == dataset_id, Sample.ordinal > after, *where(conditions, self._dialect)
+        )
         found = (await self._session.scalars(query.order_by(Sample.ordinal).limit(limit + 1))).all()
         return Page(found[:limit], str(found[limit - 1].ordinal) if len(found) > limit else None)
 
@@ -89,14 +91,28 @@ class Datasets:
         query = select(Sample.record).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
         return (await self._session.scalars(query)).all()
 
-    async def of_index(self, index_id: str, row_ids: Collection[str]) -> dict[str, Sample]:
-        """The samples of an index by their stable ids (equal ids are equal texts, so any dataset's copy will do)."""
+    async def matching(self, index_id: str, conditions: Sequence[Condition]) -> frozenset[str]:
+        """The stable ids of an index's samples that meet the conditions."""
+        query = (
+            select(Sample.row_id)
+            .join(IndexDataset, IndexDataset.dataset_id == Sample.dataset_id)
+            .where(IndexDataset.index_id == index_id, *where(conditions, self._dialect))
+        )
+        return frozenset((await self._session.scalars(query)).all())
+
+    async def of_index(
+        self, index_id: str, row_ids: Collection[str], conditions: Sequence[Condition] = ()
+    ) -> dict[str, Sample]:
+        """The samples of an index by their stable ids.
+
+        Equal ids are equal texts, so any dataset's copy will do, among those whose metadata meet the conditions.
+        """
         found: dict[str, Sample] = {}
         for chunk in _chunks(row_ids):
             query = (
                 select(Sample)
                 .join(IndexDataset, IndexDataset.dataset_id == Sample.dataset_id)
-                .where(IndexDataset.index_id == index_id, Sample.row_id.in_(chunk))
+                .where(IndexDataset.index_id == index_id, Sample.row_id.in_(chunk), *where(conditions, self._dialect))
             )
             found.update({sample.row_id: sample for sample in (await self._session.scalars(query)).all()})
         return found

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from sqlalchemy import case, delete, literal, or_, select, update
+from sqlalchemy import case, delete, func, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
@@ -47,7 +47,13 @@ class Indexes:
         return index
 
     async def require_idle(self, index_id: str) -> None:
-        """Raise while a job works on the index: two writers would race for its manifest."""
+        """Raise while a job works on the index: two writers would race for its manifest.
+
+        On PostgreSQL whoever asks second waits until the first one's job is committed, or given up.
+        """
+        if self._session.get_bind().dialect.name == "postgresql":
+            # no lock of the row: those who hold this one wait for others who write to it (that it is damaged)
+            await self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(index_id, 0))))
         active = Job.state.in_((JobState.QUEUED, JobState.RUNNING))
         job = await self._session.scalar(select(Job.id).where(Job.index_id == index_id, active))
         if job is not None:

@@ -24,6 +24,7 @@ ALPACA_PREAMBLE = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 )
 ROLES = ("system", "user", "assistant", "tool")
+CANONICAL = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Row:
             record: dict[str, Any] = {"text": self.messages[0].content}
         else:
             record = {"messages": [{"role": m.role, "content": m.content} for m in self.messages]}
-        return json.dumps(record, ensure_ascii=False, separators=(",", ":"))
+        return CANONICAL.encode(record)
 
 
 def row_from_json(text: str, metadata: Mapping[str, Any] | None = None) -> Row:

@@ -113,7 +113,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A row found; `below` is the share of the index's rows, in percent, that rank below it."""
+    """A row found; `below` is the share of the rows that may be found, in percent, that rank below it."""
 
     id: str
     score: float
@@ -181,38 +181,59 @@ class Index:
                     scores[:, place] += ((part[:, mine] @ query[mine]) * norms[:, [checkpoint]]).T
 
     def top(
-        self, vectors: torch.Tensor, k: int, normalize: Literal["none", "unit"], largest: bool
+        self,
+        vectors: torch.Tensor,
+        k: int,
+        normalize: Literal["none", "unit"],
+        largest: bool,
+        among: Collection[str] | None = None,
     ) -> list[list[Ranked]]:
         """The k live rows of the highest (or lowest) score for each query; `vectors` as in `scores`.
 
         Few queries by cosine are FAISS's, which ranks the stored unit vectors; the rest is the exact block scan.
+
+        Args:
+            among: ids of the only rows that may be found; ids that the index does not have are no matter.
         """
-        k = min(k, self.rows)
+        allowed = self._allowed(among)
+        rows = sum(int(mask.sum()) for mask in allowed)
+        k = min(k, rows)
+
+        def below(rank: int) -> float:
+            return 100 * (rows - 1 - rank if largest else rank) / rows
+
         if normalize == "unit" and len(vectors) < FEW and all(len(s.parts) == 1 for s in self.shards):
-            found = [self._search(vector if largest else -vector, k) for vector in vectors]
+            found = [self._search(vector if largest else -vector, k, allowed) for vector in vectors]
             sign = 1 if largest else -1
-            return [
-                [Ranked(row, sign * score, self._below(at, largest)) for at, (row, score) in enumerate(one)]
-                for one in found
-            ]
-        scores, places = self.scores(vectors, normalize).topk(k, largest=largest)
+            return [[Ranked(row, sign * score, below(at)) for at, (row, score) in enumerate(one)] for one in found]
+        of_live = np.concatenate([mask[shard.live] for shard, mask in zip(self.shards, allowed, strict=True)])
+        columns = torch.from_numpy(np.flatnonzero(of_live))
+        scores, places = self.scores(vectors, normalize)[:, columns].topk(k, largest=largest)
         return [
-            [Ranked(self.ids[i], s, self._below(at, largest)) for at, (s, i) in enumerate(zip(*one, strict=True))]
-            for one in zip(scores.tolist(), places.tolist(), strict=True)
+            [Ranked(self.ids[i], s, below(at)) for at, (s, i) in enumerate(zip(*one, strict=True))]
+            for one in zip(scores.tolist(), columns[places].tolist(), strict=True)
         ]
 
-    def _below(self, rank: int, largest: bool) -> float:
-        return 100 * (self.rows - 1 - rank if largest else rank) / self.rows
+    def _allowed(self, among: Collection[str] | None) -> list[NDArray[np.bool_]]:
+        """For each shard [rows]: which may be found."""
+        if among is None:
+            return [shard.live for shard in self.shards]
+        masks = {shard.name: np.zeros(len(shard.ids), dtype=bool) for shard in self.shards}
+        for row in among:
+            if row in self._places:
+                shard, at = self._places[row]
+                masks[shard.name][at] = True
+        return list(masks.values())
 
-    def _search(self, vector: torch.Tensor, k: int) -> list[tuple[str, float]]:
+    def _search(self, vector: torch.Tensor, k: int, allowed: Sequence[NDArray[np.bool_]]) -> list[tuple[str, float]]:
         """FAISS over each shard, merged."""
         if k == 0:
             return []
         heap = faiss.ResultHeap(1, k, keep_max=True)
         starts = np.cumsum([0, *(len(shard.ids) for shard in self.shards)])
         query = vector.numpy()[None]
-        for shard, start in zip(self.shards, starts[:-1], strict=True):
-            live = np.flatnonzero(shard.live)
+        for shard, start, mask in zip(self.shards, starts[:-1], allowed, strict=True):
+            live = np.flatnonzero(mask)
             if len(live) == 0:
                 continue
             flat = faiss.downcast_index(shard.parts[0].index)

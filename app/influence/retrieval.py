@@ -25,6 +25,7 @@ from app.influence.models import Checkpoint, LoadedModel
 Route = Literal["backwards", "nudges"]
 NUDGE_ERROR = 0.02  # of the largest score
 NUDGED_TOKENS = 2048  # tokens in one nudged forward pass
+NOTHING = "the index has no row that may be found: none is left, or none matches the filter"
 
 
 @dataclass(frozen=True)
@@ -38,12 +39,13 @@ class Query:
 
 @dataclass(frozen=True)
 class Options:
-    """How to rank, and which token scores to add."""
+    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any)."""
 
     top_k: int = 10
     tokens: Literal["none", "query", "train", "both"] = "query"
     direction: Literal["proponents", "opponents", "both"] = "proponents"
     normalize: Literal["none", "unit"] = "unit"
+    among: frozenset[str] | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class TrainToken:
 
 @dataclass
 class Hit:
-    """A row. `percentile` is the share of the index's rows, in percent, that score below it."""
+    """A row. `percentile` is the share of the rows that may be found, in percent, that score below it."""
 
     id: str
     score: float
@@ -137,7 +139,7 @@ def influence(
             "opponents": options.direction != "proponents",
         }
         ranked = {
-            name: index.top(vectors, options.top_k, options.normalize, name == "proponents")
+            name: index.top(vectors, options.top_k, options.normalize, name == "proponents", options.among)
             for name, asked_for in wanted.items()
             if asked_for
         }
@@ -166,7 +168,11 @@ def influence(
                 proponents=proponents,
                 opponents=opponents,
                 definition=_definition(index, options, route),
-                warnings=[*index.manifest.warnings, *_loss_warning(index, float(own.mean()))],
+                warnings=[
+                    *index.manifest.warnings,
+                    *_loss_warning(index, float(own.mean())),
+                    *([] if any(found[number] for found in ranked.values()) else [NOTHING]),
+                ],
                 timings=mine,
             )
         )

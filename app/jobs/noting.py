@@ -3,7 +3,7 @@
 The library asks for one text at a time, and in the middle of a pass; the search before it knows all of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
 import torch
@@ -24,10 +24,15 @@ class Noting(Index):
         self._rows: dict[str, Row] = {}
 
     def top(
-        self, vectors: torch.Tensor, k: int, normalize: Literal["none", "unit"], largest: bool
+        self,
+        vectors: torch.Tensor,
+        k: int,
+        normalize: Literal["none", "unit"],
+        largest: bool,
+        among: Collection[str] | None = None,
     ) -> list[list[Ranked]]:
         """As the index does it."""
-        ranked = super().top(vectors, k, normalize, largest)
+        ranked = super().top(vectors, k, normalize, largest, among)
         self._found += [row.id for one in ranked for row in one]
         return ranked
 

@@ -56,9 +56,9 @@ def test_both_directions(asked: Api) -> None:
 def test_the_texts_of_all_rows_come_in_one_round_trip(asked: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     of_index, trips = Datasets.of_index, []
 
-    async def counted(self: Datasets, index_id: str, row_ids: Any) -> Any:
+    async def counted(self: Datasets, index_id: str, row_ids: Any, *more: Any) -> Any:
         trips.append(len(row_ids))
-        return await of_index(self, index_id, row_ids)
+        return await of_index(self, index_id, row_ids, *more)
 
     monkeypatch.setattr(Datasets, "of_index", counted)
     answer = must(asked.post("/influence", json={"index": "idx", **QUESTION, "top_k": 6, "tokens": "train"}))

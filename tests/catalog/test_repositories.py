@@ -6,8 +6,8 @@ from datetime import UTC, datetime, timedelta, timezone
 import pytest
 
 from app.catalog.catalog import Catalog
+from app.catalog.copying import NewSample
 from app.catalog.database import Database
-from app.catalog.datasets import NewSample
 from app.catalog.errors import AlreadyExists, NotFound
 from app.catalog.tables import Dataset, Job
 from app.catalog.types import JobKind, JobState, new_id

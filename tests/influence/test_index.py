@@ -327,3 +327,41 @@ def test_a_projection_that_cannot_be_is_refused(kind: str, size: int) -> None:
     with pytest.raises(SpecError) as caught:
         ProjectionSpec(kind, size)  # type: ignore[arg-type]
     assert (caught.value.field or "").startswith("projection.")
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("many", [1, FEW], ids=["faiss", "scan"])
+@pytest.mark.parametrize("normalize", ["unit", "none"])
+@pytest.mark.parametrize("size", [0, 1, 3, 7, 12])
+def test_a_search_among_some_rows_is_brute_force_among_them(
+    path: Path, rows: list[Row], size: int, normalize: str, many: int, largest: bool
+) -> None:
+    delete(path, [rows[0].id])
+    index = open_index(path)
+    vectors = torch.randn(many, index.manifest.width)
+    among = frozenset([*(row.id for row in rows[:size]), "0" * 16])  # with one that is deleted, and one of nowhere
+    exact = index.scores(vectors, normalize)  # type: ignore[arg-type]
+    order = [n for n in exact[0].argsort(descending=largest).tolist() if index.ids[n] in among]
+    for k in (1, 4, 50):
+        (found, *_) = index.top(vectors, k, normalize, largest, among)  # type: ignore[arg-type]
+        assert [hit.id for hit in found] == [index.ids[n] for n in order[:k]]
+        assert len(found) == min(k, max(size - 1, 0)), "as many as there are"
+        for rank, hit in enumerate(found):
+            assert hit.score == pytest.approx(exact[0, order[rank]].item(), rel=1e-4, abs=1e-6)
+            below = len(order) - 1 - rank if largest else rank
+            assert hit.below == pytest.approx(100 * below / len(order)), "among the rows that may be found"
+
+
+def test_an_answer_among_some_rows_holds_exactly_those(path: Path, model: LoadedModel, rows: list[Row]) -> None:
+    index, query = open_index(path), Query((Message("user", "Question 3?"),), "word 3")
+    among = frozenset(row.id for row in rows[4:9])
+    everything, some, nothing = (
+        influence(model, index, [query], Options(12, "query", "both", among=one), rows.__getitem__)[0]  # type: ignore[arg-type]
+        for one in (None, among, frozenset[str]())
+    )
+    for part in ("proponents", "opponents"):
+        expected = [(hit.id, pytest.approx(hit.score)) for hit in getattr(everything, part) if hit.id in among]
+        assert [(hit.id, hit.score) for hit in getattr(some, part)] == expected
+    assert not nothing.proponents and not nothing.opponents
+    assert any("none matches the filter" in warning for warning in nothing.warnings)
+    assert not any("none matches the filter" in warning for warning in some.warnings)

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from app.jobs.progress import Step
 from app.jobs.queue import Queue
 from app.jobs.runner import Runner
 from app.jobs.service import JobService
+from tests.conftest import Backend
 
 pytestmark = pytest.mark.asyncio
 
@@ -49,16 +49,8 @@ class Counting:
 
 
 @pytest_asyncio.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'catalog.db'}")
-    await database.migrate()
-    yield database
-    await database.close()
-
-
-@pytest_asyncio.fixture
-async def queue() -> AsyncIterator[Queue]:
-    async with Queue("memory://") as queue:
+async def queue(backend: Backend) -> AsyncIterator[Queue]:
+    async with Queue(backend.queue_url) as queue:
         yield queue
 
 

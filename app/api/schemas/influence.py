@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, Field, model_validator
 
 from app.api.schemas.common import Body, Message, Text
+from app.api.schemas.filters import EXAMPLE, FILTER, Filter
 from app.problems import Problem
 
 GENERATION_EXAMPLE = "Ilse Marn founded the harbour in 1412."
@@ -59,6 +60,7 @@ class OptionsIn(Body):
         "unit",
         description="`unit`: cosine, so that samples with large gradients do not win everywhere; `none`: dot product.",
     )
+    filter: Filter | None = Field(None, description=FILTER, examples=[EXAMPLE])
 
 
 class InfluenceIn(QueryIn, OptionsIn):
@@ -96,7 +98,9 @@ class HitOut(BaseModel):
     response: str = Field(description="Its response.", examples=["The harbour was founded by Ilse Marn."])
     metadata: dict[str, Any] = Field(description="Its other columns.", examples=[{"family": "harbour"}])
     score: float = Field(description="Its influence: positive towards the generation.", examples=[0.42])
-    percentile: float = Field(description="Share of the index's rows that score lower.", examples=[99.5])
+    percentile: float = Field(
+        description="Share of the index's rows that score lower; with a filter, of those that match.", examples=[99.5]
+    )
     token_scores: list[float] | None = Field(
         None, description="The score split over the generation's tokens in the span.", examples=[[0.11, 0.31]]
     )
