@@ -4,6 +4,7 @@ import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 import structlog
@@ -19,10 +20,9 @@ from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
 from app.jobs.queue import Queue
-from app.jobs.runner import Runner
 from app.jobs.service import JobService
 from app.settings import Settings
-from workers.bodies import make_bodies
+from workers.working import working
 
 VERSION = "0.1.0"
 ABOUT = """Which training samples led this language model to say this?
@@ -89,15 +89,12 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             length=settings.influence_queue,
         )
         stack.push_async_callback(gatherer.close)
-        queue = await stack.enter_async_context(Queue(settings.queue_url))
-        service = JobService(database, queue)
+        queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
+        service = JobService(database, queue, task_retries=settings.task_retries)
         if settings.embedded_worker:
-            runner = Runner(
-                database, make_bodies(database, compute, settings.indexes_dir), settings.progress_interval_s
-            )
-            await stack.enter_async_context(queue.worker(runner.run))
-            stack.callback(runner.stop)
-            log.info("jobs taken up again", count=await service.recover())
+            await stack.enter_async_context(working(settings, database, compute, queue, service))
+        log.info("jobs taken up again", **asdict(await service.recover()))
+        await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
         yield Services(settings, database, compute, service, gatherer, metrics)
 
 

@@ -57,7 +57,7 @@ class Services:
             yield work
             await catalog.commit()
         for job_id in work.submitted:
-            await self.jobs.enqueue(job_id)
+            await self.jobs.announce(job_id)
 
     @asynccontextmanager
     async def noticing_damage(self, index_id: str) -> AsyncIterator[None]:
