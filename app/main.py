@@ -69,7 +69,7 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
     for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        database = Database(settings.catalog_url)
+        database = Database(settings.catalog_url, patience_s=settings.catalog_patience_s, **settings.database_pool)
         stack.push_async_callback(database.close)
         if database.embedded:
             await database.migrate()
@@ -77,6 +77,8 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
             await _sweep(database, settings.indexes_dir)
+        else:
+            await database.check()
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )

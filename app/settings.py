@@ -8,10 +8,11 @@ PostgreSQL and Redis is a change of ``database_url`` and ``queue_url`` and of no
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
 
 class Settings(BaseSettings):
@@ -21,7 +22,14 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
     database_url: str = Field(
-        "", description="SQLAlchemy URL of the catalog. Empty: SQLite in data_dir, migrated at start-up."
+        "",
+        description="URL of the catalog: postgresql://user:password@host/name, migrated by `headwater migrate`; or "
+        "sqlite:///file, migrated at start-up. Empty: SQLite in data_dir.",
+    )
+    database_pool_size: int = Field(10, ge=1, description="Connections to the database that are kept open.")
+    database_pool_overflow: int = Field(10, ge=0, description="Connections beyond those, closed when they are done.")
+    database_pool_timeout_s: float = Field(
+        10.0, gt=0, description="How long a request waits for a connection to the database: 503 after that."
     )
     queue_url: str = Field(
         "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
@@ -80,6 +88,24 @@ class Settings(BaseSettings):
     progress_interval_s: float = Field(0.5, ge=0, description="A job's progress is written at most this often.")
     events_interval_s: float = Field(0.25, gt=0, description="How often a job's event stream looks for news.")
     idempotency_ttl_h: float = Field(24.0, gt=0, description="How long an Idempotency-Key and its answer are kept.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _with_driver(cls, url: str) -> str:
+        """The URL with the driver that the code is written for, whichever way it names the database."""
+        dialect, separator, rest = url.partition("://")
+        if url and (dialect not in {*DRIVERS, *DRIVERS.values()} or not separator):
+            raise ValueError("name a PostgreSQL (postgresql://user@host/name) or a SQLite file (sqlite:///file)")
+        return f"{DRIVERS.get(dialect, dialect)}{separator}{rest}"
+
+    @property
+    def database_pool(self) -> dict[str, float]:
+        """The connection pool, as SQLAlchemy wants it."""
+        return {
+            "pool_size": self.database_pool_size,
+            "max_overflow": self.database_pool_overflow,
+            "pool_timeout": self.database_pool_timeout_s,
+        }
 
     @cached_property
     def catalog_url(self) -> str:

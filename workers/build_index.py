@@ -128,19 +128,22 @@ class BuildIndex(IndexWork):
     """Builds a new index."""
 
     async def plan(self, job: Job) -> Sequence[Planned]:
-        """The held-out losses and the shards."""
+        """The held-out losses, where there are rows for them, and the shards."""
         index = await self._index(job)
+        path, spec = self._path(index), self._spec(index)
         model, ids = await self._model(index), await self._ids(index)
-        parts = await self._compute.run(partial(plan_build, self._path(index), model, ids, index_from_json(index.spec)))
-        heldout = len(await self._heldout(index)) * len(model.checkpoints)
-        return [Planned(HELDOUT, heldout), *map(_planned, parts)]
+        parts = [_planned(part) for part in await self._compute.run(partial(plan_build, path, model, ids, spec))]
+        if index.heldout_id is not None:
+            return [Planned(HELDOUT, len(await self._heldout(index)) * len(model.checkpoints)), *parts]
+        await self._compute.run(lambda: list(measure(path, model, ids, (), spec)))  # that there is nothing to measure
+        return parts
 
     async def steps(self, job: Job, task: Task) -> AsyncGenerator[Step]:
         """Compute one shard, or measure the held-out rows."""
         if task.stage == HELDOUT:
             index = await self._index(job)
             model, ids, heldout = await self._model(index), await self._ids(index), await self._heldout(index)
-            steps = self._walk(measure(self._path(index), model, ids, heldout, index_from_json(index.spec)))
+            steps = self._walk(measure(self._path(index), model, ids, heldout, self._spec(index)))
         else:
             steps = super().steps(job, task)
         async for step in steps:

@@ -82,7 +82,17 @@ class Sample(Base):
     """One training row: its place, its stable id, its canonical record."""
 
     __tablename__ = "samples"
-    __table_args__ = (UniqueConstraint("dataset_id", "row_id"), Index(None, "row_id"))
+    __table_args__ = (
+        UniqueConstraint("dataset_id", "row_id"),
+        Index(None, "row_id"),
+        Index(
+            None,
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+            info={"dialect": "postgresql"},  # SQLite has nothing like it
+        ),
+    )
 
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"), primary_key=True)
     ordinal: Mapped[int] = mapped_column(primary_key=True)

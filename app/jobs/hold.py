@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 import structlog
-from sqlalchemy.exc import DBAPIError
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
+from app.catalog.errors import Unavailable
 from app.catalog.tables import Job, Task
 from app.jobs.progress import Meter, Progress, Step
 
@@ -108,5 +108,5 @@ class Hold:
                 log.warning("the task makes no step: another worker may have it", timeout_s=self._timeout_s)
                 self._lost = True
             elif time.monotonic() - self._written >= pause:
-                with contextlib.suppress(DBAPIError):  # it has been logged; the lease may still be renewed in time
+                with contextlib.suppress(Unavailable):  # it has been logged; the lease may still be renewed in time
                     await self.beat()

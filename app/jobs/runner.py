@@ -16,7 +16,7 @@ import structlog
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
-from app.catalog.errors import CatalogError
+from app.catalog.errors import CatalogError, Unavailable
 from app.catalog.tables import Job, Task
 from app.catalog.tasks import PLAN, PUBLISH
 from app.catalog.types import JobKind, JobState, TaskState
@@ -252,7 +252,8 @@ def _must(held: bool) -> None:
 def _may_pass(failure: Exception) -> bool:
     """Whether doing it again may go well: not when the input is at fault, nor when somebody must make room."""
     full = isinstance(failure, OSError) and failure.errno in NO_ROOM
-    return not full and not isinstance(failure, HeadwaterError | CatalogError)
+    known = isinstance(failure, HeadwaterError | CatalogError) and not isinstance(failure, Unavailable)
+    return not full and not known
 
 
 def _explain(failure: Exception) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import asyncio
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +17,7 @@ from app.jobs.progress import Step
 from app.jobs.queue import Queue
 from app.jobs.runner import Limits, Planned, Runner
 from app.jobs.service import JobService
+from tests.conftest import Backend
 
 pytestmark = pytest.mark.asyncio
 PARTS, STEPS = 3, 5
@@ -62,16 +62,8 @@ class Counting:
 
 
 @pytest_asyncio.fixture
-async def database(tmp_path: Path) -> AsyncIterator[Database]:
-    database = Database(f"sqlite+aiosqlite:///{tmp_path / 'catalog.db'}")
-    await database.migrate()
-    yield database
-    await database.close()
-
-
-@pytest_asyncio.fixture
-async def queue() -> AsyncIterator[Queue]:
-    async with Queue("memory://") as queue:
+async def queue(backend: Backend) -> AsyncIterator[Queue]:
+    async with Queue(backend.queue_url) as queue:
         yield queue
 
 
@@ -158,7 +150,7 @@ async def test_the_oldest_job_comes_first(database: Database) -> None:
 async def test_what_was_queued_or_running_at_a_crash_is_taken_up_again(database: Database, queue: Queue) -> None:
     body, queued, running = Counting(), await submit(database), await submit(database)
     async with database.catalog() as catalog:
-        await catalog.tasks.take(running, "dead", 3600, 0)
+        await catalog.tasks.take(running, "dead", -1, 0)
         await catalog.jobs.start(running, again=True)
         await catalog.commit()
     async with queue.worker(runner_of(database, body, queue).run):
