@@ -4,7 +4,6 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
-from dataclasses import asdict
 
 import structlog
 from rich.console import Console
@@ -20,6 +19,7 @@ from app.jobs.queue import Queue
 from app.jobs.service import JobService
 from app.settings import Settings
 from app.terminal import job_progress
+from workers.reconcile import reconcile
 from workers.working import working
 
 log = structlog.get_logger(__name__)
@@ -53,7 +53,8 @@ async def _work(settings: Settings, console: Console | None) -> None:
         name = await stack.enter_async_context(working(settings, database, compute, queue, jobs, watch))
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
-        log.info("worker ready", worker=name, **asdict(await jobs.recover()))
+        log.info("worker ready", worker=name)
+        await reconcile(database, jobs, settings.indexes_dir)
         await stack.enter_async_context(jobs.sweeping(settings.sweep_interval_s))
         await ended.wait()
         log.info("worker stops after its step", worker=name)
@@ -85,8 +86,8 @@ def _bars(console: Console) -> Iterator[Watch]:
             key = job.id, progress.stage
             if key not in bars:
                 bars[key] = shown.add_task(f"{job.kind.value} {job.id[-6:]} {progress.stage}")
-            rest = {"rate": progress.rate, "eta_s": progress.eta_s, "unit": progress.unit}
-            shown.update(bars[key], completed=progress.done, total=progress.total, **rest)
+            shown.update(bars[key], completed=progress.done, total=progress.total)
+            shown.update(bars[key], rate=progress.rate, eta_s=progress.eta_s, unit=progress.unit)
 
         yield watch
 

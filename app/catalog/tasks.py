@@ -141,6 +141,25 @@ class Tasks:
         await self._change(update(Task).where(*again).values(state=TaskState.QUEUED, done=0, work=0))
         return True
 
+    async def done(self, stage: str) -> Sequence[tuple[str, Task]]:
+        """The finished tasks of a stage of unfinished jobs, each with the index that its job works on."""
+        query = select(Job.index_id, Task).join(Job, Job.id == Task.job_id)
+        mine = Task.stage == stage, Task.state == TaskState.DONE, Job.state.in_(UNFINISHED), Job.index_id.is_not(None)
+        rows = (await self._session.execute(query.where(*mine))).all()
+        return [(index_id, task) for index_id, task in rows if index_id is not None]
+
+    async def undo(self, job_id: str, numbers: Sequence[int]) -> bool:
+        """What finished tasks made is gone: they are to be done again. Call it with the job locked.
+
+        False when the last task runs already: it looks for itself.
+        """
+        last = Task.job_id == job_id, Task.stage == PUBLISH
+        waits = (*last, Task.state.in_((TaskState.QUEUED, TaskState.WAITING)))
+        if not await self._change(update(Task).where(*waits).values(state=TaskState.WAITING)):
+            return False
+        again = Task.job_id == job_id, Task.number.in_(numbers), Task.state == TaskState.DONE
+        return await self._change(update(Task).where(*again).values(state=TaskState.QUEUED, done=0, work=0))
+
     async def expire(self) -> Sequence[Lost]:
         """Queue every task of an unfinished job again whose lease has run out."""
         unfinished = select(Job.id).where(Job.state.in_(UNFINISHED))

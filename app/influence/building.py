@@ -273,6 +273,11 @@ def unfinished(path: Path, ids: Sequence[str], parts: Sequence[Part]) -> list[Pa
     return [part for part in parts if _finished(path, part.name, part_of(ids, part), verify=True) is None]
 
 
+def missing_parts(path: Path, parts: Sequence[Part]) -> list[Part]:
+    """The parts whose shard is not on disk in its full size: a quick look."""
+    return [part for part in parts if _finished(path, part.name, None, verify=False) is None]
+
+
 def publish_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec, parts: Sequence[Part]) -> None:
     """Write the manifest of a build whose parts are all finished; once it is there it stays as it is.
 
