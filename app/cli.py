@@ -1,4 +1,4 @@
-"""The command line: `headwater serve | migrate | demo | settings | openapi`."""
+"""The command line: `headwater serve | worker | migrate | demo | settings | openapi`."""
 
 import asyncio
 import os
@@ -127,6 +127,40 @@ def migrate(
         return
     before, after = _on_catalog(settings, lambda database: database.migrate(to))
     typer.echo(f"the database was at revision {before or 'base'}, and is at {after or 'base'}")
+
+
+@app.command()
+def worker(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="The folder that it shares with the API.", show_default=_default("data_dir")),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))
+    ] = None,
+) -> None:
+    """Do the tasks of jobs, one at a time; any number of workers may run, on any number of machines.
+
+    It takes the catalog from `HEADWATER_DATABASE_URL`, its work from `HEADWATER_QUEUE_URL` (`redis://...`), and needs
+    the data folder and the models at the same paths as the API. A model stays loaded between tasks. `SIGTERM` or
+    `Ctrl-C`: it ends after its step and hands back what it holds.
+
+    **Examples**
+
+    - `HEADWATER_QUEUE_URL=redis://localhost headwater worker`
+
+    - `CUDA_VISIBLE_DEVICES=1 headwater worker` (one a GPU; the environment has the rest)
+    """
+    given = {"data_dir": data_dir, "threads": threads, "log_level": log_level}
+    settings = _settings(**{name: value for name, value in given.items() if value is not None})
+    if settings.queue_url == "memory://":
+        _fail("a worker needs a queue that it shares with the API: set HEADWATER_QUEUE_URL=redis://host:6379")
+    from app.worker import run_worker  # here, since it brings torch
+
+    run_worker(settings, Console(highlight=False))
 
 
 @app.command()

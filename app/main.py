@@ -1,12 +1,9 @@
 """create_app(): wiring only. What each part is, the part says itself."""
 
-import asyncio
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from pathlib import Path
 
-import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 
@@ -19,17 +16,16 @@ from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
 from app.jobs.queue import Queue
-from app.jobs.runner import Runner
 from app.jobs.service import JobService
 from app.settings import Settings
-from workers.bodies import make_bodies
+from workers.reconcile import reconcile
+from workers.working import working
 
 VERSION = "0.1.0"
 ABOUT = """Which training samples led this language model to say this?
 
 Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
 Everything long is a job: `202`, a `Location`, an id. Every error is `application/problem+json` (RFC 9457)."""
-log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -69,7 +65,7 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
     for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
-        database = Database(settings.catalog_url, **settings.database_pool)
+        database = Database(settings.catalog_url, patience_s=settings.catalog_patience_s, **settings.database_pool)
         stack.push_async_callback(database.close)
         if database.embedded:
             await database.migrate()
@@ -91,31 +87,10 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             length=settings.influence_queue,
         )
         stack.push_async_callback(gatherer.close)
-        queue = await stack.enter_async_context(Queue(settings.queue_url))
-        service = JobService(database, queue)
+        queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
+        service = JobService(database, queue, task_retries=settings.task_retries)
+        await reconcile(database, service, settings.indexes_dir)
         if settings.embedded_worker:
-            runner = Runner(
-                database, make_bodies(database, compute, settings.indexes_dir), settings.progress_interval_s
-            )
-            await stack.enter_async_context(queue.worker(runner.run))
-            stack.callback(runner.stop)
-            log.info("jobs taken up again", count=await service.recover())
+            await stack.enter_async_context(working(settings, database, compute, queue, service))
+        await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
         yield Services(settings, database, compute, service, gatherer, metrics)
-
-
-async def _sweep(database: Database, indexes_dir: Path) -> None:
-    """Remove what a crash in the middle of a deletion left: folders of indexes that the catalog does not know.
-
-    A catalog without a model has made none of them: then this is the wrong database, and nothing is touched.
-    """
-    folders = await asyncio.to_thread(lambda: list(indexes_dir.glob("idx_*")))  # first: a new index may come between
-    async with database.catalog() as catalog:
-        known, models = await catalog.indexes.ids(), await catalog.models.page(1, None)
-    for folder in folders:
-        if folder.name in known:
-            continue
-        if not models.items:
-            log.warning("a folder of an index that this catalog does not know is left alone", folder=str(folder))
-            continue
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        log.info("removed the folder of an index that is no more", folder=str(folder))

@@ -34,6 +34,7 @@ class Settings(BaseSettings):
     queue_url: str = Field(
         "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
     )
+    queue_name: str = Field("headwater", description="Prefix of the queue's keys, for services that share a Redis.")
     embedded_worker: bool = Field(True, description="Run a worker inside the API process.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port that the API listens on.")
@@ -68,6 +69,22 @@ class Settings(BaseSettings):
     influence_queue: int = Field(64, ge=1, description="Influence calls that may wait; one more is answered 503.")
     max_batch_queries: int = Field(64, ge=1, description="Most queries of one POST /influence/batch.")
 
+    lease_s: float = Field(
+        30.0, gt=0, description="A worker that was not heard of for so long has lost its task to another."
+    )
+    task_timeout_s: float = Field(
+        600.0, gt=0, description="A task that made no step for so long is taken from its worker."
+    )
+    task_retries: int = Field(
+        3, ge=0, description="How often a task is done again after a lost worker or an unexpected error."
+    )
+    job_concurrency: int = Field(0, ge=0, description="Most tasks of one job that run at once. 0: no limit.")
+    sweep_interval_s: float = Field(
+        5.0, gt=0, description="How often lost tasks are looked for, and what the queue forgot is queued again."
+    )
+    catalog_patience_s: float = Field(
+        300.0, ge=0, description="How long a worker waits for a catalog that is away before its task counts as failed."
+    )
     progress_interval_s: float = Field(0.5, ge=0, description="A job's progress is written at most this often.")
     events_interval_s: float = Field(0.25, gt=0, description="How often a job's event stream looks for news.")
     idempotency_ttl_h: float = Field(24.0, gt=0, description="How long an Idempotency-Key and its answer are kept.")

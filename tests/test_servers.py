@@ -39,7 +39,7 @@ async def test_the_packaged_redis_runs_the_queue_and_keeps_what_it_was_told() ->
     try:
         with redis_database(server.url) as url:
             async with Queue(url) as queue:
-                await queue.enqueue("job_1")
+                await queue.announce("job_1", [(0, 0)])
             with redis.Redis.from_url(url) as client:
                 held = set(client.keys())
             server.stop()

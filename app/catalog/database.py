@@ -7,12 +7,14 @@ server that was restarted is noticed by nobody but the requests that were under 
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+import structlog
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
@@ -28,6 +30,9 @@ from sqlalchemy.ext.asyncio import AsyncEngine, async_sessionmaker, create_async
 from app.catalog.catalog import Catalog
 from app.catalog.errors import Unavailable, WrongSchema
 
+log = structlog.get_logger(__name__)
+Result = TypeVar("Result")
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
 MIGRATIONS = Path(__file__).resolve().parents[2] / "migrations"
 PRAGMAS = ("journal_mode=WAL", "busy_timeout=30000", "synchronous=NORMAL", "foreign_keys=ON")
 CONNECT_TIMEOUT_S = 5
@@ -63,7 +68,8 @@ def alembic_config(url: str = "") -> Config:
 class Database:
     """The catalog's connections: sessions for whoever asks, closed with the process."""
 
-    def __init__(self, url: str, **pool: Any) -> None:
+    def __init__(self, url: str, *, patience_s: float = 0.0, **pool: Any) -> None:
+        self._patience_s = patience_s
         self.embedded = url.startswith("sqlite")
         self._engine = make_engine(url, **pool)
         self._sessions = async_sessionmaker(self._engine, expire_on_commit=False)
@@ -82,6 +88,28 @@ class Database:
             if _is_away(error):
                 raise Unavailable("the database does not answer at the moment; try again shortly") from error
             raise
+
+    async def patiently(self, work: Callable[[Catalog], Awaitable[Result]]) -> Result:
+        """Do a unit of work and commit it; again, with growing pauses, while the database is away.
+
+        The work must be safe to repeat: a connection may break after the commit and before its answer.
+
+        Raises:
+            Unavailable: patience is at an end.
+        """
+        end, pause = time.monotonic() + self._patience_s, FIRST_PAUSE_S
+        while True:
+            try:
+                async with self.catalog() as catalog:
+                    result = await work(catalog)
+                    await catalog.commit()
+                    return result
+            except Unavailable:
+                if time.monotonic() + pause > end:
+                    raise
+                log.warning("the catalog is away; trying again", pause_s=pause)
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
 
     async def migrate(self, revision: str = "head") -> tuple[str | None, str | None]:
         """Bring the schema to a revision, up or down; the revisions before and after.

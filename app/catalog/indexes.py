@@ -1,5 +1,6 @@
 """The repository of indexes."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from sqlalchemy import case, delete, func, literal, or_, select, update
@@ -113,6 +114,12 @@ class Indexes:
     async def ids(self) -> set[str]:
         """Ids of every index: what may lie in the folder of indexes."""
         return set((await self._session.scalars(select(IndexRow.id))).all())
+
+    async def idle(self) -> Sequence[IndexRow]:
+        """Ready indexes on which no job works."""
+        busy = select(Job.index_id).where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)), Job.index_id.is_not(None))
+        query = select(IndexRow).where(IndexRow.state == IndexState.READY, IndexRow.id.not_in(busy))
+        return (await self._session.scalars(query)).unique().all()
 
     async def page(self, limit: int, cursor: str | None) -> Page[IndexRow]:
         """Indexes, newest first."""

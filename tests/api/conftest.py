@@ -22,6 +22,7 @@ def quick(data_dir: Path, *roots: Path, **more: Any) -> Settings:
         "threads": 1,
         "events_interval_s": 0.02,
         "progress_interval_s": 0.02,
+        "task_retries": 0,
         "log_level": "ERROR",
     }
     return Settings(**(base | more), _env_file=None)

@@ -127,7 +127,8 @@ async def test_rows_survive_the_way_down_to_the_first_revision_and_up_again(url:
             await database.migrate(revision)
         for revision in REVISIONS[1:]:
             await database.migrate(revision)
-        assert await content(url) == before
+        after = await content(url)
+        assert {name: after[name] for name in FILLED} == {name: before[name] for name in FILLED}
         async with database.catalog() as catalog:
             model = await catalog.models.get("tiny")
             assert model.created_at == datetime(2026, 1, 1, 10, tzinfo=UTC)
