@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 
 import structlog
 from rich.console import Console
@@ -16,7 +17,7 @@ from app.jobs.compute import Compute
 from app.jobs.hold import Watch
 from app.jobs.progress import Progress
 from app.jobs.queue import Queue
-from app.jobs.service import JobService
+from app.jobs.service import JobService, repeating
 from app.settings import Settings
 from app.terminal import job_progress
 from workers.reconcile import reconcile
@@ -54,7 +55,9 @@ async def _work(settings: Settings, console: Console | None) -> None:
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
         log.info("worker ready", worker=name)
-        await reconcile(database, jobs, settings.indexes_dir)
+        compare = partial(reconcile, database, jobs, settings.indexes_dir)
+        await compare()
+        await stack.enter_async_context(repeating(compare, settings.reconcile_interval_s))
         await stack.enter_async_context(jobs.sweeping(settings.sweep_interval_s))
         await ended.wait()
         log.info("worker stops after its step", worker=name)

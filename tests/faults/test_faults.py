@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.api.harness import must
 from tests.faults import scenarios
 from tests.faults.stack import Stack, running
 
-ROWS = 1100  # five shards
+ROWS = 800  # four shards
 
 
 @pytest.fixture(scope="module")
@@ -72,3 +73,16 @@ def test_a_cancel_reaches_every_worker_within_seconds(stack: Stack, unbroken: di
 
 def test_a_worker_that_is_terminated_hands_back_its_task(stack: Stack, unbroken: dict[str, bytes]) -> None:
     scenarios.terminated(stack, "rows", unbroken, ROWS)
+
+
+def test_what_a_worker_publishes_is_seen_by_an_api_that_has_the_index_open(
+    stack: Stack, unbroken: dict[str, bytes]
+) -> None:
+    new = {"prompt": "Who keeps the lighthouse?", "response": "The lighthouse is kept by Oda."}
+    ask = {"index": "grown", "prompt": new["prompt"], "generation": new["response"], "top_k": 1}
+    with stack.working(1):
+        stack.succeeded(stack.build("grown", "rows"))
+        before = must(stack.api.post("/influence", json=ask))["proponents"]
+        stack.succeeded(must(stack.api.post("/indexes/grown/samples", json={"rows": [new]}), 202)["job"]["id"])
+    after = must(stack.api.post("/influence", json=ask))["proponents"]
+    assert before[0]["response"] != new["response"] == after[0]["response"]
