@@ -50,7 +50,7 @@ async def _work(settings: Settings, console: Console | None) -> None:
         stack.push_async_callback(compute.close)
         queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
         jobs = JobService(database, queue, task_retries=settings.task_retries)
-        watch = stack.enter_context(_bars(console)) if console else _log_progress
+        watch = stack.enter_context(bars(console)) if console else _log_progress
         name = await stack.enter_async_context(working(settings, database, compute, queue, jobs, watch))
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
@@ -80,7 +80,7 @@ async def _ready(database: Database, ended: asyncio.Event) -> bool:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Watch]:
+def bars(console: Console) -> Iterator[Watch]:
     """A bar for each stage of each job that this worker has a hand in; it shows what all workers have done."""
     bars: dict[tuple[str, str], TaskID] = {}
     with job_progress(console) as shown:

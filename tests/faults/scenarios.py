@@ -44,14 +44,16 @@ def whole(stack: Stack, index: str, unbroken: dict[str, bytes], count: int) -> N
     assert (len(ids), len(set(ids))) == (count, count)
 
 
-def workers_killed(stack: Stack, name: str, unbroken: dict[str, bytes], count: int, kills: int) -> Figures:
+def workers_killed(
+    stack: Stack, name: str, unbroken: dict[str, bytes], count: int, kills: int, most_s: float
+) -> Figures:
     """kill -9 of a worker that has a task, again and again during one build."""
     index = f"{name}-killed"
     with stack.working(2) as workers:
         job_id = stack.build(index, name)
         done = 0
         while done < kills and stack.api.job(job_id)["state"] in ("queued", "running"):
-            time.sleep(random.uniform(0.1, 0.6))
+            time.sleep(random.uniform(0.1, most_s))
             victim = random.choice([worker for worker in workers if worker.alive])
             victim.kill()
             done += 1
