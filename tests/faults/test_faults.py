@@ -27,7 +27,7 @@ def unbroken(stack: Stack) -> dict[str, bytes]:
 
 
 def test_workers_killed_at_random_moments_lose_nothing(stack: Stack, unbroken: dict[str, bytes]) -> None:
-    assert scenarios.workers_killed(stack, "rows", unbroken, ROWS, kills=20, most_s=0.6)["kills"] >= 5
+    assert scenarios.workers_killed(stack, "rows", unbroken, ROWS, kills=20)["tasks taken again"] > 0
 
 
 def test_jobs_outlive_the_api(stack: Stack, unbroken: dict[str, bytes]) -> None:
@@ -68,7 +68,7 @@ def test_clocks_may_disagree(stack: Stack, unbroken: dict[str, bytes]) -> None:
 
 
 def test_a_cancel_reaches_every_worker_within_seconds(stack: Stack, unbroken: dict[str, bytes]) -> None:
-    assert scenarios.cancelled(stack, "rows")["every worker free after, s"] < 5
+    assert scenarios.cancelled(stack, "rows")["both workers free after, s"] < 5
 
 
 def test_a_worker_that_is_terminated_hands_back_its_task(stack: Stack, unbroken: dict[str, bytes]) -> None:
