@@ -1,8 +1,10 @@
 """create_app(): wiring only. What each part is, the part says itself."""
 
-import shutil
+import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
 
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
@@ -22,6 +24,7 @@ from workers.reconcile import reconcile
 from workers.working import working
 
 VERSION = "0.1.0"
+UPLOAD_S = 3600.0  # longer than any upload takes
 ABOUT = """Which training samples led this language model to say this?
 
 Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
@@ -61,9 +64,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
     """Everything that lives as long as the process, ended in the opposite order."""
     logs.configure(settings.log_level, settings.log_json)
-    shutil.rmtree(settings.uploads_dir, ignore_errors=True)  # half uploads of a process that was killed
     for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_remove_half_uploads, settings.uploads_dir)
     async with AsyncExitStack() as stack:
         database = Database(settings.catalog_url, patience_s=settings.catalog_patience_s, **settings.database_pool)
         stack.push_async_callback(database.close)
@@ -94,3 +97,10 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             await stack.enter_async_context(working(settings, database, compute, queue, service))
         await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
         yield Services(settings, database, compute, service, gatherer, metrics)
+
+
+def _remove_half_uploads(folder: Path) -> None:
+    """What a killed process left, but not what another API process receives into the shared folder at this moment."""
+    for upload in folder.iterdir():
+        if time.time() - upload.stat().st_mtime > UPLOAD_S:
+            upload.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ PostgreSQL and Redis is a change of ``database_url`` and ``queue_url`` and of no
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
@@ -85,6 +85,11 @@ class Settings(BaseSettings):
     catalog_patience_s: float = Field(
         300.0, ge=0, description="How long a worker waits for a catalog that is away before its task counts as failed."
     )
+    reconcile_interval_s: float = Field(
+        300.0,
+        gt=0,
+        description="How often a worker compares the catalog with the files; each process does at its start.",
+    )
     progress_interval_s: float = Field(0.5, ge=0, description="A job's progress is written at most this often.")
     events_interval_s: float = Field(0.25, gt=0, description="How often a job's event stream looks for news.")
     idempotency_ttl_h: float = Field(24.0, gt=0, description="How long an Idempotency-Key and its answer are kept.")
@@ -106,6 +111,13 @@ class Settings(BaseSettings):
             "max_overflow": self.database_pool_overflow,
             "pool_timeout": self.database_pool_timeout_s,
         }
+
+    @field_validator("embedded_worker")
+    @classmethod
+    def _somebody_works(cls, embedded: bool, info: ValidationInfo) -> bool:
+        if not embedded and info.data.get("queue_url") == "memory://":
+            raise ValueError("without an embedded worker nobody would do the jobs: set HEADWATER_QUEUE_URL=redis://...")
+        return embedded
 
     @cached_property
     def catalog_url(self) -> str:

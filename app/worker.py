@@ -4,6 +4,7 @@ import asyncio
 import signal
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 
 import structlog
 from rich.console import Console
@@ -16,7 +17,7 @@ from app.jobs.compute import Compute
 from app.jobs.hold import Watch
 from app.jobs.progress import Progress
 from app.jobs.queue import Queue
-from app.jobs.service import JobService
+from app.jobs.service import JobService, repeating
 from app.settings import Settings
 from app.terminal import job_progress
 from workers.reconcile import reconcile
@@ -49,12 +50,14 @@ async def _work(settings: Settings, console: Console | None) -> None:
         stack.push_async_callback(compute.close)
         queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
         jobs = JobService(database, queue, task_retries=settings.task_retries)
-        watch = stack.enter_context(_bars(console)) if console else _log_progress
+        watch = stack.enter_context(bars(console)) if console else _log_progress
         name = await stack.enter_async_context(working(settings, database, compute, queue, jobs, watch))
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
         log.info("worker ready", worker=name)
-        await reconcile(database, jobs, settings.indexes_dir)
+        compare = partial(reconcile, database, jobs, settings.indexes_dir)
+        await compare()
+        await stack.enter_async_context(repeating(compare, settings.reconcile_interval_s))
         await stack.enter_async_context(jobs.sweeping(settings.sweep_interval_s))
         await ended.wait()
         log.info("worker stops after its step", worker=name)
@@ -77,7 +80,7 @@ async def _ready(database: Database, ended: asyncio.Event) -> bool:
 
 
 @contextmanager
-def _bars(console: Console) -> Iterator[Watch]:
+def bars(console: Console) -> Iterator[Watch]:
     """A bar for each stage of each job that this worker has a hand in; it shows what all workers have done."""
     bars: dict[tuple[str, str], TaskID] = {}
     with job_progress(console) as shown:

@@ -30,7 +30,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models") / "tiny"
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(root: Path) -> Path:
+    """Write the model and its tokenizer to a folder."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
     vocabulary["th"] = len(vocabulary)  # one merge, which a GGUF file cannot do without

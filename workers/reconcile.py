@@ -33,6 +33,7 @@ class Found:
     tasks_without_files: list[str] = field(default_factory=list)  # done, but to be done again
     indexes_published: list[str] = field(default_factory=list)  # the files were newer than the catalog
     indexes_damaged: list[str] = field(default_factory=list)  # now corrupt: a repair helps
+    indexes_unseen: list[str] = field(default_factory=list)  # all of them: this is not their disk, nothing is marked
     folders_removed: list[str] = field(default_factory=list)  # of indexes that are no more
     folders_unknown: list[str] = field(default_factory=list)  # left alone: this may be the wrong catalog
 
@@ -95,6 +96,10 @@ async def _indexes(database: Database, indexes_dir: Path, found: Found) -> None:
     """Compare the files of each ready index on which nobody works with what the catalog says of it."""
     async with database.catalog() as catalog:
         indexes = await catalog.indexes.idle()
+    there = await asyncio.to_thread(lambda: [index for index in indexes if (indexes_dir / index.id).is_dir()])
+    if indexes and not there:
+        found.indexes_unseen = [index.id for index in indexes]
+        return
     for index in indexes:
         path = indexes_dir / index.id
         try:

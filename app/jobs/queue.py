@@ -18,6 +18,7 @@ from docket import Docket, Worker
 TASK = "run_task"
 MEMORY = "memory://"
 HAND_OVER_S = 2.0  # a Redis that does not answer must not hold up a request
+RECONNECT = timedelta(seconds=1)
 CHECK = timedelta(milliseconds=50)  # how soon a worker that has finished a task asks for the next
 
 
@@ -62,7 +63,12 @@ class Queue:
         """Do tasks, one at a time, inside this event loop for as long as the context lasts."""
         self._run = run
         async with Worker(
-            self._docket, name=name, concurrency=1, redelivery_timeout=self._lease, minimum_check_interval=CHECK
+            self._docket,
+            name=name,
+            concurrency=1,
+            redelivery_timeout=self._lease,
+            reconnection_delay=RECONNECT,
+            minimum_check_interval=CHECK,
         ) as worker:
             task = asyncio.create_task(worker.run_forever(), name="worker")
             try:

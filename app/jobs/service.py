@@ -6,7 +6,7 @@ take. Whatever is lost on the way (a queue that is away, a worker that died) the
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -32,6 +32,27 @@ class Swept:
     jobs: int  # unfinished, announced again
     lost_tasks: int  # taken from workers that were not heard of
     failed_jobs: int  # as a task of theirs was lost too often
+
+
+@asynccontextmanager
+async def repeating(work: Callable[[], Awaitable[object]], interval_s: float) -> AsyncIterator[None]:
+    """Do something again and again, for as long as the context lasts; what goes wrong is logged, and tried again."""
+
+    async def forever() -> None:
+        while True:
+            await asyncio.sleep(interval_s)
+            try:
+                await work()
+            except Exception as error:
+                log.warning("housekeeping did not get through", error=repr(error))
+
+    task = asyncio.create_task(forever(), name="housekeeping")
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
 
 
 class JobService:
@@ -82,22 +103,8 @@ class JobService:
     @asynccontextmanager
     async def sweeping(self, interval_s: float) -> AsyncIterator[None]:
         """Sweep again and again for as long as the context lasts."""
-
-        async def forever() -> None:
-            while True:
-                await asyncio.sleep(interval_s)
-                try:
-                    await self.sweep()
-                except Exception as error:
-                    log.warning("the sweep did not get through", error=repr(error))
-
-        task = asyncio.create_task(forever(), name="sweep")
-        try:
+        async with repeating(self.sweep, interval_s):
             yield
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
 
     async def cancel(self, job_id: str) -> Job:
         """Cancel a job at once if no worker is at it, else after the step that each of its workers is in."""

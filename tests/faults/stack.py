@@ -20,11 +20,12 @@ import psycopg
 from sqlalchemy import make_url
 
 from app.catalog.database import Database
-from tests.api.harness import Api, jsonl, must, rows, until
+from tests.api.harness import ENDED, Api, jsonl, must, rows, until
 from tests.servers import PackagedPostgres, PackagedRedis, postgres_database
 
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 2.0
+WAIT_S = 600.0  # on a machine that has much else to do
 QUICK = {
     "HEADWATER_LEASE_S": str(LEASE_S),
     "HEADWATER_SWEEP_INTERVAL_S": "0.5",
@@ -182,11 +183,11 @@ class Stack:
             known = progress is not None and progress["total"] and progress["stage"] in ("gradients", "publish")
             return bool(known and progress["done"] >= share * progress["total"]) or job["state"] == "succeeded"
 
-        return dict(until(lambda: self.api.job(job_id), far))
+        return dict(until(lambda: self.api.job(job_id), far, WAIT_S))
 
     def succeeded(self, job_id: str) -> dict[str, Any]:
         """The job, which must end well."""
-        job = self.api.wait(job_id)
+        job: dict[str, Any] = until(lambda: self.api.job(job_id), lambda job: job["state"] in ENDED, WAIT_S)
         assert job["state"] == "succeeded", job
         return job
 

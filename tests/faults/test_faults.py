@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.api.harness import must
 from tests.faults import scenarios
 from tests.faults.stack import Stack, running
 
-ROWS = 1100  # five shards
+ROWS = 800  # four shards
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def unbroken(stack: Stack) -> dict[str, bytes]:
 
 
 def test_workers_killed_at_random_moments_lose_nothing(stack: Stack, unbroken: dict[str, bytes]) -> None:
-    assert scenarios.workers_killed(stack, "rows", unbroken, ROWS, kills=20)["kills"] >= 5
+    assert scenarios.workers_killed(stack, "rows", unbroken, ROWS, kills=20)["tasks taken again"] > 0
 
 
 def test_jobs_outlive_the_api(stack: Stack, unbroken: dict[str, bytes]) -> None:
@@ -67,8 +68,21 @@ def test_clocks_may_disagree(stack: Stack, unbroken: dict[str, bytes]) -> None:
 
 
 def test_a_cancel_reaches_every_worker_within_seconds(stack: Stack, unbroken: dict[str, bytes]) -> None:
-    assert scenarios.cancelled(stack, "rows")["every worker free after, s"] < 5
+    assert scenarios.cancelled(stack, "rows")["both workers free after, s"] < 5
 
 
 def test_a_worker_that_is_terminated_hands_back_its_task(stack: Stack, unbroken: dict[str, bytes]) -> None:
     scenarios.terminated(stack, "rows", unbroken, ROWS)
+
+
+def test_what_a_worker_publishes_is_seen_by_an_api_that_has_the_index_open(
+    stack: Stack, unbroken: dict[str, bytes]
+) -> None:
+    new = {"prompt": "Who keeps the lighthouse?", "response": "The lighthouse is kept by Oda."}
+    ask = {"index": "grown", "prompt": new["prompt"], "generation": new["response"], "top_k": 1}
+    with stack.working(1):
+        stack.succeeded(stack.build("grown", "rows"))
+        before = must(stack.api.post("/influence", json=ask))["proponents"]
+        stack.succeeded(must(stack.api.post("/indexes/grown/samples", json={"rows": [new]}), 202)["job"]["id"])
+    after = must(stack.api.post("/influence", json=ask))["proponents"]
+    assert before[0]["response"] != new["response"] == after[0]["response"]
