@@ -1,12 +1,15 @@
-"""The command line: `headwater serve | demo | settings | openapi`."""
+"""The command line: `headwater serve | demo | keys | settings | openapi`."""
 
+import asyncio
 import os
 import re
 import signal
 import threading
+from collections.abc import Awaitable, Callable
+from datetime import datetime
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -14,9 +17,15 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from app.catalog.types import Scope
 from app.demo import Demo, DemoError, require_free_port
 from app.settings import Settings
 
+if TYPE_CHECKING:
+    from app.catalog.catalog import Catalog
+
+TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+Result = TypeVar("Result")
 ABOUT = """Which training samples led this language model to say this?
 
 Headwater keeps a compressed gradient of every training sample in a FAISS index, turns a generation into gradients of
@@ -33,6 +42,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(name="keys", no_args_is_help=True, rich_markup_mode="markdown")
+app.add_typer(keys)
 errors = Console(stderr=True)
 
 
@@ -125,6 +136,73 @@ def demo(
         raise typer.Exit(0 if not leave else 130) from None
 
 
+@keys.callback()
+def _keys() -> None:
+    """API keys: make, list and revoke them.
+
+    They live in the catalog that `HEADWATER_DATABASE_URL` or `HEADWATER_DATA_DIR` names: run this where the service
+    runs, with the same settings.
+    """
+
+
+@keys.command("create")
+def create_key(
+    tenant: Annotated[str, typer.Argument(help="Whom the key is for; the keys of a tenant share its quota.")],
+    scope: Annotated[
+        list[Scope],
+        typer.Option(help="What it may do; may be given several times. `write` includes `read`, `admin` everything."),
+    ] = [Scope.READ, Scope.QUERY],  # noqa: B006 Typer copies it
+    note: Annotated[str, typer.Option(help="What it is for, to tell it from others in the list.")] = "",
+) -> None:
+    """Make a key and print it: once, since only a hash of it is kept.
+
+    The key alone goes to standard output, so that a script can take it.
+
+    **Examples**
+
+    - `headwater keys create team-a`
+
+    - `headwater keys create team-a --scope write --scope query --note "nightly build"`
+    """
+    if not TENANT.fullmatch(tenant):
+        _fail(f"{tenant!r} cannot be a tenant: letters, digits, `.`, `_` and `-`, at most 100")
+    key, text = _in_catalog(lambda catalog: catalog.api_keys.create(tenant, scope, note))
+    typer.echo(text)
+    about = f"{key.id} of {tenant!r} may: {', '.join(key.scopes)}. The key is shown this once: keep it safe."
+    errors.print(about, markup=False, soft_wrap=True)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """List every key: whose it is, what it may do, when it was last used. Not the keys themselves.
+
+    **Example**
+
+    - `headwater keys list`
+    """
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    for column in ("id", "tenant", "may", "note", "made (UTC)", "last used", "state"):
+        table.add_column(column, no_wrap=column == "id")
+    for key in _in_catalog(lambda catalog: catalog.api_keys.all()):
+        state = f"revoked {_moment(key.revoked_at)}" if key.revoked_at else "in force"
+        used = _moment(key.last_used_at) if key.last_used_at else "never"
+        cells = (key.id, key.tenant_name, ", ".join(key.scopes), key.note, _moment(key.created_at), used, state)
+        table.add_row(*map(Text, cells), style="dim" if key.revoked_at else "")
+    Console().print(table)
+
+
+@keys.command("revoke")
+def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The key's id, as the list has it.")]) -> None:
+    """Revoke a key: the service refuses it from its next request on.
+
+    **Example**
+
+    - `headwater keys revoke key_0657f2b1c3d4e5a1b2c3d4e5`
+    """
+    key = _in_catalog(lambda catalog: catalog.api_keys.revoke(key_id))
+    typer.echo(f"revoked {key.id} of {key.tenant_name!r}")
+
+
 @app.command("settings")
 def show_settings() -> None:
     """Print every setting: its name in the environment, its value now, what it does.
@@ -166,6 +244,40 @@ def openapi(
         typer.echo("wrote openapi/openapi.json")
     else:
         typer.echo(text, nl=False)
+
+
+def _in_catalog(do: Callable[["Catalog"], Awaitable[Result]]) -> Result:
+    """Do something in the catalog and keep it."""
+    from sqlalchemy.exc import SQLAlchemyError  # here, as in serve: the help answers at once
+
+    from app.catalog.database import Database
+    from app.catalog.errors import CatalogError
+
+    settings = _settings()
+
+    async def done() -> Result:
+        database = Database(settings.catalog_url)
+        try:
+            if database.embedded:
+                settings.data_dir.mkdir(parents=True, exist_ok=True)
+                await database.migrate()
+            async with database.catalog() as catalog:
+                result = await do(catalog)
+                await catalog.commit()
+                return result
+        finally:
+            await database.close()
+
+    try:
+        return asyncio.run(done())
+    except CatalogError as error:
+        _fail(error.detail)
+    except SQLAlchemyError as error:
+        _fail(f"the catalog at {_plain(settings.catalog_url)} cannot be used: {getattr(error, 'orig', error)}")
+
+
+def _moment(when: datetime) -> str:
+    return f"{when:%Y-%m-%d %H:%M}"
 
 
 def _end_with_stdin() -> None:

@@ -13,6 +13,7 @@ from fastapi import FastAPI
 from app import logs, problems
 from app.api import datasets, documents, health, indexes, influence, jobs, models
 from app.api.gather import Gatherer
+from app.api.guard import Guard
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestLog
 from app.api.services import Services
@@ -21,7 +22,7 @@ from app.jobs.compute import Compute
 from app.jobs.queue import Queue
 from app.jobs.runner import Runner
 from app.jobs.service import JobService
-from app.settings import Settings
+from app.settings import Settings, is_loopback
 from workers.bodies import make_bodies
 
 VERSION = "0.1.0"
@@ -55,6 +56,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         app.include_router(resource.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings, services=lambda: app.state.services)
     app.add_middleware(RequestLog, metrics=metrics)
     app.add_middleware(CorrelationIdMiddleware, validator=lambda given: 0 < len(given) <= 200 and given.isprintable())
     app.openapi = lambda: documents.document(app)  # type: ignore[method-assign]
@@ -77,6 +79,12 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
             await _sweep(database, settings.indexes_dir)
+        if settings.needs_key(settings.host):
+            async with database.catalog() as catalog:
+                if not any(key.revoked_at is None for key in await catalog.api_keys.all()):
+                    log.warning("requests need an API key and there is none: make one with `headwater keys create`")
+        elif not is_loopback(settings.host):
+            log.warning("anybody who reaches this service may use all of it: HEADWATER_AUTH is off", host=settings.host)
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )

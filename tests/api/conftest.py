@@ -50,3 +50,10 @@ def asked(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Ite
     with serving(quick(tmp_path_factory.mktemp("asked"), tiny_model_dir.parent)) as api:
         api.ready(tiny_model_dir)
         yield api
+
+
+@pytest.fixture(scope="session")
+def asked_locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """An empty service that needs keys, of which there are none."""
+    with serving(quick(tmp_path_factory.mktemp("locked"), auth="on")) as api:
+        yield api
