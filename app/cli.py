@@ -181,12 +181,15 @@ def list_keys() -> None:
     - `headwater keys list`
     """
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    for column in ("id", "tenant", "may", "note", "made (UTC)", "last used", "state"):
-        table.add_column(column, no_wrap=column == "id")
+    for column in ("id", "tenant", "quota a minute", "may", "note", "made (UTC)", "last used", "state"):
+        table.add_column(column, no_wrap=column == "id", overflow="fold")
     for key in _in_catalog(lambda catalog: catalog.api_keys.all()):
         state = f"revoked {_moment(key.revoked_at)}" if key.revoked_at else "in force"
         used = _moment(key.last_used_at) if key.last_used_at else "never"
-        cells = (key.id, key.tenant_name, ", ".join(key.scopes), key.note, _moment(key.created_at), used, state)
+        limits = ((key.tenant.requests_per_minute, "requests"), (key.tenant.tokens_per_minute, "tokens"))
+        quota = ", ".join(f"{limit:,} {kind}" for limit, kind in limits if limit) or "as set"
+        may, made = ", ".join(key.scopes), _moment(key.created_at)
+        cells = (key.id, key.tenant_name, quota, may, key.note, made, used, state)
         table.add_row(*map(Text, cells), style="dim" if key.revoked_at else "")
     Console().print(table)
 
@@ -201,6 +204,26 @@ def revoke_key(key_id: Annotated[str, typer.Argument(metavar="ID", help="The key
     """
     key = _in_catalog(lambda catalog: catalog.api_keys.revoke(key_id))
     typer.echo(f"revoked {key.id} of {key.tenant_name!r}")
+
+
+@keys.command("quota")
+def set_quota(
+    tenant: Annotated[str, typer.Argument(help="Whose quota.")],
+    requests: Annotated[int | None, typer.Option(min=1, help="Requests a minute.", show_default="the setting")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of influence queries a minute.", show_default="the setting")
+    ] = None,
+) -> None:
+    """Set what the keys of a tenant may spend together; what is left out is again as the settings have it.
+
+    **Example**
+
+    - `headwater keys quota team-a --requests 600 --tokens 100000`
+    """
+    _in_catalog(lambda catalog: catalog.api_keys.set_quota(tenant, requests, tokens))
+    limits = ((requests, "requests"), (tokens, "tokens"))
+    said = [f"{limit:,} {kind}" if limit else f"{kind} as the settings have it" for limit, kind in limits]
+    typer.echo(f"{tenant} may spend a minute: {', '.join(said)}")
 
 
 @app.command("settings")
@@ -248,7 +271,7 @@ def openapi(
 
 def _in_catalog(do: Callable[["Catalog"], Awaitable[Result]]) -> Result:
     """Do something in the catalog and keep it."""
-    from sqlalchemy.exc import SQLAlchemyError  # here, as in serve: the help answers at once
+    from sqlalchemy.exc import OperationalError, SQLAlchemyError  # here, as in serve: the help answers at once
 
     from app.catalog.database import Database
     from app.catalog.errors import CatalogError
@@ -265,6 +288,9 @@ def _in_catalog(do: Callable[["Catalog"], Awaitable[Result]]) -> Result:
                 result = await do(catalog)
                 await catalog.commit()
                 return result
+        except OperationalError:
+            await asyncio.sleep(0.1)  # after a connection that failed, aiosqlite's thread speaks to this loop once more
+            raise
         finally:
             await database.close()
 
@@ -273,7 +299,8 @@ def _in_catalog(do: Callable[["Catalog"], Awaitable[Result]]) -> Result:
     except CatalogError as error:
         _fail(error.detail)
     except SQLAlchemyError as error:
-        _fail(f"the catalog at {_plain(settings.catalog_url)} cannot be used: {getattr(error, 'orig', error)}")
+        why = str(getattr(error, "orig", error)).partition("\n")[0]
+        _fail(f"the catalog at {_plain(settings.catalog_url)} cannot be used (is it migrated?): {why}")
 
 
 def _moment(when: datetime) -> str:

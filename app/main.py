@@ -16,6 +16,7 @@ from app.api.gather import Gatherer
 from app.api.guard import Guard
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestLog
+from app.api.quotas import Quotas
 from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
@@ -106,7 +107,9 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             await stack.enter_async_context(queue.worker(runner.run))
             stack.callback(runner.stop)
             log.info("jobs taken up again", count=await service.recover())
-        yield Services(settings, database, compute, service, gatherer, metrics)
+        quotas = Quotas(settings.queue_url, metrics)
+        stack.push_async_callback(quotas.close)
+        yield Services(settings, database, compute, service, gatherer, metrics, quotas)
 
 
 async def _sweep(database: Database, indexes_dir: Path) -> None:

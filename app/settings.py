@@ -54,6 +54,16 @@ class Settings(BaseSettings):
         description="Folders that paths in requests may lie in (JSON list). Empty: data_dir and the working directory.",
     )
 
+    requests_per_minute: int = Field(
+        0, ge=0, description="Requests a minute of a tenant's keys (headwater keys quota sets a tenant's own). 0: any."
+    )
+    tokens_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Tokens a minute of a tenant's influence queries: prompts, generations, and those that the model "
+        "is to write. 0: any.",
+    )
+
     threads: int = Field(0, ge=0, description="Threads that torch may use. 0: torch decides.")
     device: str = Field("cpu", description="Device of a model whose registration names none.")
     model_pool_size: int = Field(2, ge=1, description="Models kept loaded; the least recently used one makes room.")

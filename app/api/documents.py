@@ -21,6 +21,7 @@ REASONS = {
     413: "Too large.",
     415: "Not a media type that is read here.",
     422: "The request is wrong; `errors` names the fields.",
+    429: "The tenant's quota is spent; try again after `Retry-After` seconds.",
     503: "Too busy; try again after `Retry-After` seconds.",
     507: "The disk is full; nothing was kept.",
 }
@@ -80,7 +81,7 @@ def _lock(operation: dict[str, Any], scope: Scope | None) -> None:
         operation["security"] = []
         return
     operation["security"] = [{name: [scope.value]} for name in SCHEMES]
-    operation["responses"] |= {str(status): _problem(status) for status in (401, 403)}
+    operation["responses"] |= {str(status): _problem(status) for status in (401, 403, 429)}
 
 
 def _schemas(model: type[BaseModel]) -> dict[str, Any]:

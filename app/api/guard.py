@@ -6,14 +6,14 @@ function, `needed`, and the OpenAPI document is made from it too.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
-from fastapi import Request
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Send
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
+from app.api import quotas
+from app.api.callers import Caller, Kind, unnamed
 from app.api.services import Services
 from app.catalog.tables import ApiKey
 from app.catalog.types import Scope
@@ -26,24 +26,6 @@ BY_METHOD = {"GET": Scope.READ, "HEAD": Scope.READ, "POST": Scope.WRITE}
 INCLUDED = {Scope.ADMIN: frozenset(Scope), Scope.WRITE: frozenset((Scope.WRITE, Scope.READ))}
 
 log = structlog.get_logger(__name__)
-
-
-@dataclass(frozen=True)
-class Caller:
-    """Who asks."""
-
-    tenant: str
-    key_id: str | None  # None: no key is needed here
-    scopes: frozenset[Scope]
-
-
-NOBODY_IN_PARTICULAR = Caller(tenant="local", key_id=None, scopes=frozenset(Scope))
-
-
-def caller_of(request: Request) -> Caller:
-    """Who sent a request that the guard let through."""
-    caller: Caller = request.scope["caller"]
-    return caller
 
 
 def needed(method: str, path: str) -> Scope | None:
@@ -73,19 +55,28 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scope["caller"] = NOBODY_IN_PARTICULAR
+        caller = scope["caller"] = unnamed()
         wanted = needed(scope["method"], scope["path"])
-        key = None
-        if wanted is not None and self._locked(scope):
-            try:
-                key = await self._admit(Headers(scope=scope), wanted)
-            except Refusal as refusal:
-                await respond(refusal)(scope, receive, send)
-                return
-            scope["caller"] = Caller(key.tenant_name, key.id, _scopes(key))
-        await self._app(scope, receive, send)
-        if key is not None:
-            await self._note_use(key)
+        if wanted is None or not self._locked(scope):
+            await self._app(scope, receive, send)
+            return
+
+        async def tell(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                for name, value in quotas.headers(caller.standings):
+                    MutableHeaders(scope=message)[name] = value
+            await send(message)
+
+        try:
+            key = await self._known(Headers(scope=scope))
+            caller = scope["caller"] = self._caller(key)
+            await self._services().quotas.take("requests", caller)
+            _require(wanted, caller)
+        except Refusal as refusal:
+            await respond(refusal)(scope, receive, tell)
+            return
+        await self._app(scope, receive, tell)
+        await self._note_use(key)
 
     def _locked(self, scope: Connection) -> bool:
         if scope["path"] == METRICS and self._settings.metrics_open:
@@ -93,7 +84,7 @@ class Guard:
         reached_at = (scope.get("server") or ("",))[0]
         return self._settings.needs_key(reached_at)
 
-    async def _admit(self, headers: Headers, wanted: Scope) -> ApiKey:
+    async def _known(self, headers: Headers) -> ApiKey:
         text = _key_in(headers)
         if text is None:
             raise _unauthorized("this needs an API key: send `Authorization: Bearer hw_...`", challenge="Bearer")
@@ -102,16 +93,16 @@ class Guard:
         if key is None:
             detail = "this API key is not known, or was revoked"
             raise _unauthorized(detail, challenge='Bearer error="invalid_token"')
-        if wanted not in _scopes(key):
-            has = ", ".join(key.scopes) or "none"
-            raise Refusal(
-                403,
-                "missing-scope",
-                f"this needs a key with the scope {wanted.value!r}; this one has: {has}",
-                field="Authorization",
-                headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{wanted.value}"'},
-            )
         return key
+
+    def _caller(self, key: ApiKey) -> Caller:
+        own = frozenset(Scope(name) for name in key.scopes)
+        scopes = own.union(*(INCLUDED.get(scope, frozenset()) for scope in own))
+        limits: dict[Kind, int] = {
+            "requests": key.tenant.requests_per_minute or self._settings.requests_per_minute,
+            "tokens": key.tenant.tokens_per_minute or self._settings.tokens_per_minute,
+        }
+        return Caller(key.tenant_name, key.id, scopes, {kind: quota for kind, quota in limits.items() if quota})
 
     async def _note_use(self, key: ApiKey) -> None:
         """After the answer, so that nobody waits for it; a use that cannot be noted harms nobody."""
@@ -123,9 +114,16 @@ class Guard:
             log.warning("the last use of a key was not noted", key=key.id, exc_info=True)
 
 
-def _scopes(key: ApiKey) -> frozenset[Scope]:
-    own = frozenset(Scope(name) for name in key.scopes)
-    return own.union(*(INCLUDED.get(scope, frozenset()) for scope in own))
+def _require(wanted: Scope, caller: Caller) -> None:
+    if wanted not in caller.scopes:
+        has = ", ".join(scope for scope in Scope if scope in caller.scopes) or "none"
+        raise Refusal(
+            403,
+            "missing-scope",
+            f"this needs a key with the scope {wanted.value!r}; this one has: {has}",
+            field="Authorization",
+            headers={"WWW-Authenticate": f'Bearer error="insufficient_scope", scope="{wanted.value}"'},
+        )
 
 
 def _key_in(headers: Headers) -> str | None:

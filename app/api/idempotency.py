@@ -15,7 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
-from app.api.guard import Caller, caller_of
+from app.api.callers import Caller, caller_of
 from app.api.services import get_services
 from app.catalog.tables import IdempotencyKey
 from app.problems import Refusal

@@ -40,6 +40,13 @@ class ApiKeys:
         await self._session.flush()
         return key, f"hw_{key_id.removeprefix('key_')}_{secret}"
 
+    async def set_quota(self, tenant: str, requests: int | None, tokens: int | None) -> None:
+        """Give a tenant its own quotas a minute; None: the settings' apply."""
+        found = await self._session.get(Tenant, tenant)
+        if found is None:
+            raise NotFound(f"there is no tenant {tenant!r}: `headwater keys list` names them", field="tenant")
+        found.requests_per_minute, found.tokens_per_minute = requests, tokens
+
     async def find(self, text: str) -> ApiKey | None:
         """The key with this text, unless it is revoked."""
         parts = KEY.fullmatch(text)

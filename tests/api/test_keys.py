@@ -3,7 +3,6 @@
 import asyncio
 import hashlib
 import sqlite3
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,40 +15,10 @@ from app.catalog.database import Database
 from app.catalog.types import Scope
 from app.main import create_app
 from app.settings import Settings, is_loopback
+from tests.api.conftest import Mint, bearer
 from tests.api.harness import Api, jsonl, must, problem, rows
 
 OPERATIONS = [(method.upper(), path) for path, methods in create_app().openapi()["paths"].items() for method in methods]
-Mint = Callable[..., str]
-
-
-@pytest.fixture
-def catalog(tmp_path: Path) -> Path:
-    return tmp_path / "headwater.db"
-
-
-@pytest.fixture
-def mint(catalog: Path) -> Mint:
-    """Make a key of a tenant with the given scopes."""
-
-    async def made(tenant: str, *scopes: Scope) -> str:
-        database = Database(f"sqlite+aiosqlite:///{catalog}")
-        await database.migrate()
-        async with database.catalog() as open_catalog:
-            _, text = await open_catalog.api_keys.create(tenant, scopes, "")
-            await open_catalog.commit()
-        await database.close()
-        return text
-
-    return lambda tenant, *scopes: asyncio.run(made(tenant, *scopes))
-
-
-@pytest.fixture
-def locked(serve: Any) -> Api:
-    return serve(auth="on")  # type: ignore[no-any-return]
-
-
-def bearer(key: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {key}"}
 
 
 @pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if one[1] not in OPEN])

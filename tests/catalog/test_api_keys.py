@@ -87,6 +87,14 @@ def test_a_catalog_that_is_away_or_a_bad_name_is_a_sentence(run: CliRunner) -> N
     assert (away.exit_code, "cannot be used" in away.output) == (1, True)
 
 
-@pytest.mark.parametrize("command", ["create", "list", "revoke"])
+@pytest.mark.parametrize("command", ["create", "list", "quota", "revoke"])
 def test_the_help_of_a_command_has_an_example(run: CliRunner, command: str) -> None:
     assert f"headwater keys {command}" in run.invoke(app, ["keys", command, "--help"]).output
+
+
+def test_a_tenant_s_quota_is_set_listed_and_taken_back(run: CliRunner, tmp_path: Path) -> None:
+    run.invoke(app, ["keys", "create", "team-a"])
+    for given, listed in ((["--requests", "600", "--tokens", "9000"], "600 requests, 9,000 tokens"), ([], "as set")):
+        assert run.invoke(app, ["keys", "quota", "team-a", *given]).exit_code == 0
+        assert listed in run.invoke(app, ["keys", "list"]).output
+    assert run.invoke(app, ["keys", "quota", "nobody"]).exit_code == 1
