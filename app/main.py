@@ -11,11 +11,11 @@ from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 
 from app import logs, problems
-from app.api import datasets, documents, health, indexes, influence, jobs, models
+from app.api import datasets, docs, documents, health, indexes, influence, jobs, models
 from app.api.gather import Gatherer
 from app.api.guard import Guard
 from app.api.metrics import Metrics
-from app.api.middleware import BodyLimit, RequestLog
+from app.api.middleware import BodyLimit, RequestLog, SecurityHeaders
 from app.api.quotas import Quotas
 from app.api.services import Services
 from app.catalog.database import Database
@@ -50,15 +50,18 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=VERSION,
         description=ABOUT,
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         generate_unique_id_function=documents.operation_id,
         separate_input_output_schemas=False,
     )
-    for resource in (influence, models, datasets, indexes, jobs, health):
+    for resource in (influence, models, datasets, indexes, jobs, health, docs):
         app.include_router(resource.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
     app.add_middleware(Guard, settings=settings, services=lambda: app.state.services)
     app.add_middleware(RequestLog, metrics=metrics)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(CorrelationIdMiddleware, validator=lambda given: 0 < len(given) <= 200 and given.isprintable())
     app.openapi = lambda: documents.document(app)  # type: ignore[method-assign]
     return app
