@@ -6,11 +6,12 @@ parameter; `openapi_extra` documents both forms.
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Query, Request, Response
 from fastapi import Path as InPath
 from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, ValidationError
@@ -30,6 +31,14 @@ from app.problems import Refusal
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 DatasetRef = Annotated[str, InPath(description="Id or name of a dataset.", examples=["veld-facts"])]
+PLACE = re.compile(r"[0-9]{1,15}")
+PlaceCursor = Annotated[
+    str | None,
+    Query(
+        description="The `next_cursor` of the page before; left out for the first page.",
+        json_schema_extra={"pattern": f"^{PLACE.pattern}$"},
+    ),
+]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -42,6 +51,7 @@ BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["name", "file"],
+                    "additionalProperties": False,
                     "properties": {
                         "name": {"type": "string", "description": "A unique name.", "examples": ["veld-facts"]},
                         "file": _FILE,
@@ -101,10 +111,10 @@ async def delete_dataset(dataset: DatasetRef, services: Use) -> None:
 
 @router.get("/{dataset}/samples", responses=problems(404))
 async def list_samples(
-    dataset: DatasetRef, catalog: Reading, services: Use, limit: Limit = 50, cursor: Cursor = None
+    dataset: DatasetRef, catalog: Reading, services: Use, limit: Limit = 50, cursor: PlaceCursor = None
 ) -> Listing[SampleOut]:
     """The rows of a dataset in their order."""
-    if cursor is not None and not (cursor.isdecimal() and len(cursor) < 16):
+    if cursor is not None and not PLACE.fullmatch(cursor):
         raise Refusal(422, "bad-cursor", "this cursor is not one that the server gave", field="cursor")
     found = await catalog.datasets.get(dataset)
     after = -1 if cursor is None else int(cursor)

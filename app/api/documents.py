@@ -69,6 +69,8 @@ def document(app: FastAPI) -> dict[str, Any]:
         for method, operation in operations.items():
             if "422" in operation["responses"] or method == "post":
                 operation["responses"]["422"] = _problem(422)
+            if "requestBody" in operation:
+                operation["responses"]["400"] = _problem(400)
             _lock(operation, needed(method.upper(), path))
     made["components"]["securitySchemes"] = SCHEMES
     app.openapi_schema = made

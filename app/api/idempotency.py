@@ -28,7 +28,7 @@ PARAMETER = {
     "name": HEADER,
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "maxLength": 200},
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200},
     "description": "Makes the request safe to repeat: the same key and body give the first answer again; another body "
     "under the same key is refused with 422, a first request that is still at work with 409.",
     "example": "6f1c2f0e-build-facts",
