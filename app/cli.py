@@ -19,6 +19,7 @@ from rich.text import Text
 
 from app.catalog.types import Scope
 from app.demo import Demo, DemoError, require_free_port
+from app.logs import masked
 from app.settings import Settings
 
 if TYPE_CHECKING:
@@ -300,7 +301,7 @@ def _in_catalog(do: Callable[["Catalog"], Awaitable[Result]]) -> Result:
         _fail(error.detail)
     except SQLAlchemyError as error:
         why = str(getattr(error, "orig", error)).partition("\n")[0]
-        _fail(f"the catalog at {_plain(settings.catalog_url)} cannot be used (is it migrated?): {why}")
+        _fail(f"the catalog at {masked(settings.catalog_url)} cannot be used (is it migrated?): {masked(why)}")
 
 
 def _moment(when: datetime) -> str:
@@ -327,7 +328,7 @@ def _plain(value: object) -> str:
         return ", ".join(map(str, value)) or "(none)"
     if value is None:
         return "(unset)"
-    return re.sub(r"(?<=://)([^:/@\s]*):[^@\s]*@", r"\1:***@", str(value)) or '""'
+    return masked(str(value)) or '""'
 
 
 def _fail(message: str) -> NoReturn:

@@ -33,10 +33,12 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
     database_url: str = Field(
-        "", description="SQLAlchemy URL of the catalog. Empty: SQLite in data_dir, migrated at start-up."
+        "", repr=False, description="SQLAlchemy URL of the catalog. Empty: SQLite in data_dir, migrated at start-up."
     )
     queue_url: str = Field(
-        "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
+        "memory://",
+        repr=False,
+        description="Where jobs queue: memory:// (this process) or redis://... (any number of workers).",
     )
     embedded_worker: bool = Field(True, description="Run a worker inside the API process.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
