@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= cpu,dev
 BIN    := $(VENV)/bin
+AUDIT  := $(VENV)-audit
 STAMP  := $(VENV)/.set-up
 
 # Nothing is ever fetched from a model hub, and tokenizers start no threads of their own beside torch's.
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check check bench faults lock clean
+.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check audit check bench faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -58,6 +59,10 @@ openapi: $(STAMP) ## write openapi/openapi.json, the document as served
 openapi-check: $(STAMP) ## fail when openapi/openapi.json is not the document that is served
 	$(BIN)/headwater openapi --check
 
+audit: ## look the pinned versions up in the published advisories (needs a network)
+	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
+	@$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit
+
 check: lint typecheck openapi-check test ## all that CI runs
 
 bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
@@ -76,5 +81,5 @@ lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@mv constraints.new constraints.txt && touch $(STAMP)
 
 clean: ## remove .venv and every cache; what the demo and the service keep (.headwater, data) stays
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis dist build
+	rm -rf $(VENV) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -6,24 +6,28 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
+import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 
 from app import logs, problems
-from app.api import datasets, documents, health, indexes, influence, jobs, models
+from app.api import datasets, docs, documents, health, indexes, influence, jobs, models
 from app.api.gather import Gatherer
+from app.api.guard import Guard
 from app.api.metrics import Metrics
-from app.api.middleware import BodyLimit, RequestLog
+from app.api.middleware import BodyLimit, RequestLog, SecurityHeaders
+from app.api.quotas import Quotas
 from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
 from app.jobs.queue import Queue
 from app.jobs.service import JobService
-from app.settings import Settings
+from app.settings import Settings, is_loopback
 from workers.reconcile import reconcile
 from workers.working import working
 
 VERSION = "0.1.0"
+log = structlog.get_logger(__name__)
 UPLOAD_S = 3600.0  # longer than any upload takes
 ABOUT = """Which training samples led this language model to say this?
 
@@ -47,17 +51,26 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=VERSION,
         description=ABOUT,
         lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
         generate_unique_id_function=documents.operation_id,
         separate_input_output_schemas=False,
     )
-    for resource in (influence, models, datasets, indexes, jobs, health):
+    for resource in (influence, models, datasets, indexes, jobs, health, docs):
         app.include_router(resource.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(Guard, settings=settings, services=lambda: app.state.services)
     app.add_middleware(RequestLog, metrics=metrics)
-    app.add_middleware(CorrelationIdMiddleware, validator=lambda given: 0 < len(given) <= 200 and given.isprintable())
+    app.add_middleware(SecurityHeaders)
+    app.add_middleware(CorrelationIdMiddleware, validator=_is_request_id)
     app.openapi = lambda: documents.document(app)  # type: ignore[method-assign]
     return app
+
+
+def _is_request_id(given: str) -> bool:
+    """Short, printable, and not an API key in the wrong header: an id is logged, kept and sent back."""
+    return 0 < len(given) <= 200 and given.isprintable() and logs.masked(given) == given
 
 
 @asynccontextmanager
@@ -77,7 +90,12 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
                 await catalog.commit()
         else:
             await database.check()
-        await _sweep(database, settings.indexes_dir)
+        if settings.needs_key(settings.host):
+            async with database.catalog() as catalog:
+                if not any(key.revoked_at is None for key in await catalog.api_keys.all()):
+                    log.warning("requests need an API key and there is none: make one with `headwater keys create`")
+        elif not is_loopback(settings.host):
+            log.warning("anybody who reaches this service may use all of it: HEADWATER_AUTH is off", host=settings.host)
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )
@@ -96,7 +114,9 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         if settings.embedded_worker:
             await stack.enter_async_context(working(settings, database, compute, queue, service))
         await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
-        yield Services(settings, database, compute, service, gatherer, metrics)
+        quotas = Quotas(settings.queue_url, metrics)
+        stack.push_async_callback(quotas.close)
+        yield Services(settings, database, compute, service, gatherer, metrics, quotas)
 
 
 def _remove_half_uploads(folder: Path) -> None:

@@ -10,6 +10,7 @@ anything else      500 that says nothing but the request's id; the log has the r
 """
 
 import errno
+import json
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -17,10 +18,11 @@ from typing import Any
 from asgi_correlation_id import correlation_id
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import Response
 from pydantic import BaseModel, Field
 from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, NotFound, Unavailable, WrongSchema
 from app.influence.errors import (
@@ -35,6 +37,7 @@ from app.influence.errors import (
     SpecError,
 )
 
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 5  # about what a database needs to come back
 PG_DISK_FULL = "53100"
@@ -148,19 +151,26 @@ def _path(location: Sequence[str | int]) -> str:
     return ".".join(str(part) for part in inside)
 
 
-def respond(error: Exception) -> JSONResponse:
+def respond(error: Exception) -> Response:
     """The answer to an exception."""
     problem, headers = problem_of(error)
-    return JSONResponse(
-        problem.model_dump(mode="json"),
-        status_code=problem.status,
-        headers=dict(headers) if headers else None,
-        media_type=MEDIA_TYPE,
-    )
+    # half a surrogate pair, from a name that the client chose, is no UTF-8; as an escape it is JSON
+    body = json.dumps(problem.model_dump(), ensure_ascii=False).encode(errors="backslashreplace")
+    return Response(body, problem.status, dict(headers) if headers else None, MEDIA_TYPE)
 
 
-async def _handle(_request: Request, error: Exception) -> JSONResponse:
-    return respond(error)
+async def _handle(request: Request, error: Exception) -> Response:
+    response = respond(error)
+    if response.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["Allow"] = _allowed(request)
+    return response
+
+
+def _allowed(request: Request) -> str:
+    """All methods of an address; the router names those of the first operation that it found there."""
+    routes = request.app.routes
+    fit = (m for m in METHODS if any(r.matches({**request.scope, "method": m})[0] is Match.FULL for r in routes))
+    return ", ".join(fit)
 
 
 def install(app: FastAPI) -> None:

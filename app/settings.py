@@ -5,14 +5,26 @@ explanation, so that this file is the reference. Moving from the embedded defaul
 PostgreSQL and Redis is a change of ``database_url`` and ``queue_url`` and of nothing else.
 """
 
+import ipaddress
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
 DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach the address. A name that is not `localhost` may lead anywhere."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return host == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
 
 
 class Settings(BaseSettings):
@@ -23,6 +35,7 @@ class Settings(BaseSettings):
     data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
     database_url: str = Field(
         "",
+        repr=False,
         description="URL of the catalog: postgresql://user:password@host/name, migrated by `headwater migrate`; or "
         "sqlite:///file, migrated at start-up. Empty: SQLite in data_dir.",
     )
@@ -32,17 +45,35 @@ class Settings(BaseSettings):
         10.0, gt=0, description="How long a request waits for a connection to the database: 503 after that."
     )
     queue_url: str = Field(
-        "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
+        "memory://",
+        repr=False,
+        description="Where jobs queue: memory:// (this process) or redis://... (any number of workers).",
     )
     queue_name: str = Field("headwater", description="Prefix of the queue's keys, for services that share a Redis.")
     embedded_worker: bool = Field(True, description="Run a worker inside the API process.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port that the API listens on.")
+    auth: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="Whether requests need an API key (headwater keys). auto: unless the service listens on, and is "
+        "reached at, a loopback address.",
+    )
+    metrics_open: bool = Field(False, description="Serve /metrics without a key, where keys are needed.")
     log_json: bool | None = Field(None, description="Logs as JSON lines. Unset: JSON unless stderr is a terminal.")
     log_level: str = Field("INFO", description="Least severe level that is logged.")
     allowed_roots: tuple[Path, ...] = Field(
         (),
         description="Folders that paths in requests may lie in (JSON list). Empty: data_dir and the working directory.",
+    )
+
+    requests_per_minute: int = Field(
+        0, ge=0, description="Requests a minute of a tenant's keys (headwater keys quota sets a tenant's own). 0: any."
+    )
+    tokens_per_minute: int = Field(
+        0,
+        ge=0,
+        description="Tokens a minute of a tenant's influence queries: prompts, generations, and those that the model "
+        "is to write. 0: any.",
     )
 
     threads: int = Field(0, ge=0, description="Threads that torch may use. 0: torch decides.")
@@ -128,6 +159,15 @@ class Settings(BaseSettings):
     def roots(self) -> tuple[Path, ...]:
         """The allowed roots, resolved, so that a symbolic link cannot widen them."""
         return tuple(root.resolve() for root in self.allowed_roots or (self.data_dir, Path.cwd()))
+
+    def needs_key(self, reached_at: str) -> bool:
+        """Whether a request needs a key that reached us at this address of ours.
+
+        The setting `host` alone would not do: another program than `headwater serve` may have bound the socket.
+        """
+        if self.auth == "auto":
+            return not (is_loopback(self.host) and is_loopback(reached_at))
+        return self.auth == "on"
 
     @property
     def indexes_dir(self) -> Path:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.settings import Settings
 
-COMMANDS = ("serve", "worker", "migrate", "demo", "settings", "openapi")
+COMMANDS = ("serve", "worker", "migrate", "demo", "keys", "settings", "openapi")
 
 
 @pytest.fixture
@@ -36,11 +36,34 @@ def test_settings_lists_every_setting(run: CliRunner) -> None:
     assert all(f"HEADWATER_{name.upper()}" in text for name in Settings.model_fields)
 
 
-def test_settings_hides_passwords(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HEADWATER_QUEUE_URL", "redis://ann:hunter2@localhost:6379")
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://ann:hunter2@localhost:6379", "redis://ann:***@localhost:6379"),
+        ("redis://:hunter2@localhost", "redis://:***@localhost"),
+        ("redis://ann:p@hunter2@localhost/1", "redis://ann:***@localhost/1"),
+        ("redis://ann:p/hunter2@localhost/1", "redis://ann:***@localhost/1"),
+        ("redis://localhost?password=hunter2&db=1", "redis://localhost?password=***&db=1"),
+    ],
+)
+def test_settings_hides_passwords(run: CliRunner, monkeypatch: pytest.MonkeyPatch, url: str, shown: str) -> None:
+    monkeypatch.setenv("HEADWATER_QUEUE_URL", url)
+    monkeypatch.setenv("HEADWATER_DATABASE_URL", url.replace("redis", "postgresql+psycopg"))
     text = run.invoke(app, ["settings"]).output
     assert "hunter2" not in text
-    assert "redis://ann:***@localhost:6379" in text
+    assert shown in text
+    assert shown.replace("redis", "postgresql+psycopg") in text
+    assert "hunter2" not in repr(Settings())
+
+
+def test_a_catalog_that_does_not_answer_is_named_without_its_password(
+    run: CliRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADWATER_DATABASE_URL", "postgresql+psycopg://ann:hunter2@127.0.0.1:1/x")
+    done = run.invoke(app, ["keys", "list"])
+    assert done.exit_code == 1
+    assert "hunter2" not in done.output
+    assert "ann:***@127.0.0.1:1/x cannot be used" in done.output
 
 
 def test_a_setting_that_is_wrong_is_named(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:

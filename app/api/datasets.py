@@ -6,6 +6,7 @@ parameter; `openapi_extra` documents both forms.
 
 import asyncio
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeVar
@@ -31,6 +32,14 @@ from app.problems import Refusal
 
 router = APIRouter(prefix="/datasets", tags=["datasets"], route_class=IdempotentRoute)
 DatasetRef = Annotated[str, InPath(description="Id or name of a dataset.", examples=["veld-facts"])]
+PLACE = re.compile(r"[0-9]{1,15}")
+PlaceCursor = Annotated[
+    str | None,
+    Query(
+        description="The `next_cursor` of the page before; left out for the first page.",
+        json_schema_extra={"pattern": f"^{PLACE.pattern}$"},
+    ),
+]
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -43,6 +52,7 @@ BODY: dict[str, Any] = {
                 "schema": {
                     "type": "object",
                     "required": ["name", "file"],
+                    "additionalProperties": False,
                     "properties": {
                         "name": {"type": "string", "description": "A unique name.", "examples": ["veld-facts"]},
                         "file": _FILE,
@@ -106,12 +116,12 @@ async def list_samples(
     catalog: Reading,
     services: Use,
     limit: Limit = 50,
-    cursor: Cursor = None,
+    cursor: PlaceCursor = None,
     filter: Annotated[str | None, Query(description=f"As JSON. {FILTER}", examples=[json.dumps(EXAMPLE)])] = None,
 ) -> Listing[SampleOut]:
     """The rows of a dataset in their order; with a filter, those whose metadata match."""
     conditions = parse_text(filter)
-    if cursor is not None and not (cursor.isdecimal() and len(cursor) < 16):
+    if cursor is not None and not PLACE.fullmatch(cursor):
         raise Refusal(422, "bad-cursor", "this cursor is not one that the server gave", field="cursor")
     found = await catalog.datasets.get(dataset)
     after = -1 if cursor is None else int(cursor)

@@ -7,18 +7,32 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from app.api.guard import needed
 from app.api.schemas.datasets import DatasetIn
+from app.catalog.types import Scope
 from app.problems import MEDIA_TYPE, Problem
 
 REASONS = {
+    401: "No API key, or one that is not known. Keys are not needed where the service listens on loopback alone.",
+    403: "The API key lacks a scope, which `detail` names.",
     400: "The body cannot be parsed.",
     404: "There is no such thing.",
     409: "Its state, or a name that is taken, does not allow this. `index-corrupt`: a damaged shard; repair the index.",
     413: "Too large.",
     415: "Not a media type that is read here.",
     422: "The request is wrong; `errors` names the fields.",
+    429: "The tenant's quota is spent; try again after `Retry-After` seconds.",
     503: "Too busy, or the database is away; try again after `Retry-After` seconds.",
     507: "The disk is full; nothing was kept.",
+}
+SCHEMES = {
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, `hw_...`, made by `headwater keys create`. Its scopes say what it may do: `read`, "
+        "`query` (ask /influence), `write` (which includes `read`), `admin` (all of it).",
+    },
+    "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key, sent this way."},
 }
 UNUSED = ("HTTPValidationError", "ValidationError")
 
@@ -51,14 +65,27 @@ def document(app: FastAPI) -> dict[str, Any]:
     for model in (Problem, DatasetIn):
         schemas.update(_schemas(model))
     made["components"]["schemas"] = dict(sorted(schemas.items()))
-    for operations in made["paths"].values():
+    for path, operations in made["paths"].items():
         for method, operation in operations.items():
             if "422" in operation["responses"] or method == "post":
                 operation["responses"]["422"] = _problem(422)
             if operation["operationId"] != "is_alive":
                 operation["responses"]["503"] = _problem(503)
+            if "requestBody" in operation:
+                operation["responses"]["400"] = _problem(400)
+            _lock(operation, needed(method.upper(), path))
+    made["components"]["securitySchemes"] = SCHEMES
     app.openapi_schema = made
     return made
+
+
+def _lock(operation: dict[str, Any], scope: Scope | None) -> None:
+    """Say which scope an operation needs."""
+    if scope is None:
+        operation["security"] = []
+        return
+    operation["security"] = [{name: [scope.value]} for name in SCHEMES]
+    operation["responses"] |= {str(status): _problem(status) for status in (401, 403, 429)}
 
 
 def _schemas(model: type[BaseModel]) -> dict[str, Any]:

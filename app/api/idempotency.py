@@ -15,6 +15,7 @@ from fastapi.routing import APIRoute
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
 
+from app.api.callers import Caller, caller_of
 from app.api.services import get_services
 from app.catalog.tables import IdempotencyKey
 from app.problems import Refusal
@@ -27,7 +28,7 @@ PARAMETER = {
     "name": HEADER,
     "in": "header",
     "required": False,
-    "schema": {"type": "string", "maxLength": 200},
+    "schema": {"type": "string", "minLength": 1, "maxLength": 200},
     "description": "Makes the request safe to repeat: the same key and body give the first answer again; another body "
     "under the same key is refused with 422, a first request that is still at work with 409.",
     "example": "6f1c2f0e-build-facts",
@@ -64,6 +65,7 @@ async def _once(request: Request, key: str, handler: Handler) -> Response:
     if not 0 < len(key) <= 200:
         raise Refusal(422, "bad-idempotency-key", "the key must have 1 to 200 characters", field=HEADER)
     services = get_services(request)
+    key = _owned(key, caller_of(request))
     digest = await _digest(request)
     async with services.database.catalog() as catalog:
         earlier = await catalog.keys.claim(key, digest, timedelta(hours=services.settings.idempotency_ttl_h))
@@ -81,6 +83,11 @@ async def _once(request: Request, key: str, handler: Handler) -> Response:
         await catalog.keys.answer(key, response.status_code, kept, bytes(response.body).decode())
         await catalog.commit()
     return response
+
+
+def _owned(key: str, caller: Caller) -> str:
+    """The key as it is kept: nobody meets the answer, or the claim, of a key that somebody else chose alike."""
+    return hashlib.sha256(f"{caller.key_id or ''}\n{key}".encode()).hexdigest()
 
 
 def _replay(earlier: IdempotencyKey, digest: str) -> Response:

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from fastapi import APIRouter, Request
 
+from app.api.callers import Asking, Caller
 from app.api.documents import problems
 from app.api.gather import Target
 from app.api.schemas.filters import parse
@@ -41,7 +42,7 @@ Result = TypeVar("Result")
 
 
 @router.post("", responses=problems(404, 409, 413, 503))
-async def query_influence(body: InfluenceIn, services: Use, request: Request) -> InfluenceOut:
+async def query_influence(body: InfluenceIn, services: Use, caller: Asking, request: Request) -> InfluenceOut:
     """Which training samples made the model say this?
 
     Answers with the generation token by token, and the training samples that pushed the model towards it (proponents)
@@ -50,11 +51,13 @@ async def query_influence(body: InfluenceIn, services: Use, request: Request) ->
     conditions, options = parse(body.filter), _options(body, services)
     index, target = await _target(body.index, services)
     options = await _among(conditions, index, options, services)
-    return await _unless_hung_up(request, _ask(body, index, target, conditions, options, services))
+    return await _unless_hung_up(request, _ask(body, index, target, conditions, options, services, caller))
 
 
 @router.post("/batch", responses=problems(404, 409, 413, 503))
-async def query_influence_batch(body: InfluenceBatchIn, services: Use, request: Request) -> InfluenceBatchOut:
+async def query_influence_batch(
+    body: InfluenceBatchIn, services: Use, caller: Asking, request: Request
+) -> InfluenceBatchOut:
     """Many generations in one call. Each gets an answer or a problem of its own."""
     most = min(services.settings.max_batch_queries, services.settings.influence_queue)
     if len(body.queries) > most:
@@ -66,7 +69,7 @@ async def query_influence_batch(body: InfluenceBatchIn, services: Use, request: 
 
     async def item(place: int, query: QueryIn) -> BatchItem:
         try:
-            return BatchItem(answer=await _ask(query, index, target, conditions, options, services))
+            return BatchItem(answer=await _ask(query, index, target, conditions, options, services, caller))
         except (HeadwaterError, CatalogError, Refusal) as error:
             problem, _ = problem_of(error)
             for one in problem.errors:
@@ -123,13 +126,20 @@ async def _ask(
     conditions: Sequence[Condition],
     options: Options,
     services: Services,
+    caller: Caller,
 ) -> InfluenceOut:
     began = time.perf_counter()
     messages = _messages(body)
+    texts = [*(message.content for message in messages), body.generation or ""]
+    _require_short(texts, services)
+    if "tokens" in caller.quotas:  # before they cost anything, and as many as it may come to
+        read = await asyncio.to_thread(target.model.count_tokens, texts)
+        written = body.max_new_tokens if body.generation is None else 0
+        await services.quotas.take("tokens", caller, read + written)
     generation = body.generation
     if generation is None:
         generation = await _generate(target, messages, body.max_new_tokens, services)
-    query = _query(messages, generation, body.span, services)
+    query = Query(messages=messages, generation=generation, span=body.span)  # a bad one fails nobody but itself
     asked = time.perf_counter()
     answer = await services.gatherer.ask(target, query, options)
     answered = time.perf_counter()
@@ -173,15 +183,11 @@ async def _generate(target: Target, messages: Sequence[Message], tokens: int, se
     return written
 
 
-def _query(messages: tuple[Message, ...], generation: str, span: tuple[int, int] | None, services: Services) -> Query:
-    """The query; the library looks at it closely, and a bad one fails nobody but itself."""
-    size = len(generation) + sum(len(message.content) for message in messages)
-    if size > services.settings.max_query_chars:
-        detail = (
-            f"prompt and generation have {size:,} characters; at most {services.settings.max_query_chars:,} are read"
-        )
+def _require_short(texts: Sequence[str], services: Services) -> None:
+    size, most = sum(map(len, texts)), services.settings.max_query_chars
+    if size > most:
+        detail = f"prompt and generation have {size:,} characters; at most {most:,} are read"
         raise Refusal(413, "too-large", detail, field="generation")
-    return Query(messages=messages, generation=generation, span=span)
 
 
 def _answer(

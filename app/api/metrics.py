@@ -30,4 +30,10 @@ class Metrics:
         self.pass_seconds = Histogram(
             "headwater_influence_pass_seconds", "Time of a shared pass.", buckets=SECONDS, registry=self.registry
         )
+        self.quota_refused = Counter(
+            "headwater_quota_refused", "What a tenant's quota refused.", ["kind"], registry=self.registry
+        )
+        self.quota_unchecked = Counter(
+            "headwater_quota_unchecked", "What went uncounted, as Redis was away.", registry=self.registry
+        )
         self.jobs = Gauge("headwater_jobs", "Jobs by state.", ["state"], registry=self.registry)

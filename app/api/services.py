@@ -14,6 +14,7 @@ from fastapi import Depends, Query, Request
 
 from app.api.gather import Gatherer
 from app.api.metrics import Metrics
+from app.api.quotas import Quotas
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
 from app.catalog.tables import Job
@@ -48,6 +49,7 @@ class Services:
     jobs: JobService
     gatherer: Gatherer
     metrics: Metrics
+    quotas: Quotas
 
     @asynccontextmanager
     async def work(self) -> AsyncIterator[Work]:

@@ -2,6 +2,7 @@
 
 from sqlalchemy.ext.asyncio import AsyncSession
 
+from app.catalog.api_keys import ApiKeys
 from app.catalog.datasets import Datasets
 from app.catalog.indexes import Indexes
 from app.catalog.jobs import Jobs
@@ -22,6 +23,7 @@ class Catalog:
         self.jobs = Jobs(session)
         self.tasks = Tasks(session)
         self.keys = Keys(session)
+        self.api_keys = ApiKeys(session)
 
     async def refresh(self, index: IndexRow) -> None:
         """Read an index again, after a change that went past the object."""

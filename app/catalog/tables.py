@@ -41,6 +41,7 @@ class Base(DeclarativeBase):
         dict[str, Any]: Json,
         list[dict[str, Any]]: Json,
         dict[str, str]: Json,
+        list[str]: Json,
         JobState: _state(JobState),
         JobKind: _state(JobKind),
         IndexState: _state(IndexState),
@@ -194,3 +195,31 @@ class IdempotencyKey(Base):
     headers: Mapped[dict[str, str]] = mapped_column(default=dict)
     body: Mapped[str] = mapped_column(Text, default="")
     created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Tenant(Base):
+    """Whom keys belong to, and how much they may ask for together; what is null is the setting's."""
+
+    __tablename__ = "tenants"
+
+    name: Mapped[str] = mapped_column(String(100), primary_key=True)
+    requests_per_minute: Mapped[int | None]
+    tokens_per_minute: Mapped[int | None]
+    created_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class ApiKey(Base):
+    """A key to the API. Its secret is nowhere: only a hash of it, to know it by."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[str] = mapped_column(String(40), primary_key=True)
+    tenant_name: Mapped[str] = mapped_column(ForeignKey("tenants.name"), index=True)
+    note: Mapped[str] = mapped_column(String(200), default="")
+    scopes: Mapped[list[str]]
+    secret_hash: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[datetime] = mapped_column(default=now)
+    last_used_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+    tenant: Mapped[Tenant] = relationship(lazy="joined")

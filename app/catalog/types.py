@@ -52,6 +52,15 @@ class IndexState(StrEnum):
     CANCELLED = "cancelled"
 
 
+class Scope(StrEnum):
+    """What a key may do. A key of `admin` may do all of it, a key of `write` may `read` too."""
+
+    READ = "read"
+    QUERY = "query"
+    WRITE = "write"
+    ADMIN = "admin"
+
+
 def new_id(prefix: str) -> str:
     """A unique id that sorts by the time it was made, so that listings page by the primary key."""
     return f"{prefix}_{time.time_ns() // 1000:014x}{secrets.token_hex(5)}"

@@ -276,8 +276,10 @@ def _read_parquet(path: Path) -> Iterator[tuple[int, Any]]:
                 for record in batch.to_pylist():
                     line += 1
                     yield line, record
-    except pyarrow.ArrowException as error:
-        raise RowError(f"not Parquet: {error}", field="file") from error
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's; Arrow's own, for bad bytes, has none
+            raise
+        raise RowError(f"not Parquet: {str(error) or type(error).__name__}", field="file") from error
 
 
 @dataclass(frozen=True)

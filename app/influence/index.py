@@ -22,12 +22,14 @@ import faiss
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from app.influence.corpus import Template
-from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, disk_full_is_named
+from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
 from app.influence.models import LoadedModel
 from app.influence.projection import ProjectionSpec
+from app.influence.shape import require_shape
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -278,19 +280,32 @@ def open_index(path: Path, verify: bool = True) -> Index:
             names = ", ".join(file.name for file in bad)
             detail = f"shard {name} is not what was written ({names}: checksum or size); it was set aside: repair it"
             raise IndexCorrupt(detail, shard=name)
-        parts, codes = [], []
-        faiss.set_deserialization_vector_byte_limit(record["bytes"])
-        for file_name, _, _ in record["files"][:-1]:
-            index: Any = faiss.read_index(str(path / "shards" / file_name), faiss.IO_FLAG_MMAP_IFC)
-            flat: Any = faiss.downcast_index(index.index)
-            raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
-            parts.append(index)
-            codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
-        side = load_file(path / "shards" / f"{name}.safetensors")
-        ids = [f"{int(n):016x}" for n in faiss.vector_to_array(parts[0].id_map)]
-        kept = np.array([f"{name}:{at}" not in deleted for at in range(len(ids))], dtype=bool)
-        shards.append(Shard(name, parts, codes, ids, side["norms"], kept, kept & side["finite"].astype(bool)))
+        try:
+            shards.append(_open_shard(path, record, manifest, deleted))
+        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, SafetensorError) as error:
+            detail = f"shard {name} has the bytes that the manifest names, and they are no shard of its index: {error}"
+            raise IndexCorrupt(detail, shard=name) from error
     return Index(path, manifest, shards)
+
+
+def _open_shard(path: Path, record: dict[str, Any], manifest: Manifest, deleted: Collection[str]) -> Shard:
+    name, checkpoints = record["name"], len(manifest.checkpoints)
+    parts, codes = [], []
+    faiss.set_deserialization_vector_byte_limit(record["bytes"])
+    for file_name, _, _ in record["files"][:-1]:
+        index: Any = faiss.read_index(str(path / "shards" / file_name), faiss.IO_FLAG_MMAP_IFC)
+        flat: Any = faiss.downcast_index(index.index)
+        raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
+        parts.append(index)
+        codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
+    side = load_file(path / "shards" / f"{name}.safetensors")
+    ids = [f"{int(n):016x}" for n in faiss.vector_to_array(parts[0].id_map)]
+    if sum(part.shape[1] for part in codes) != manifest.width * checkpoints:
+        raise ValueError(f"its vectors are not of {manifest.width} numbers for each of {checkpoints} checkpoints")
+    if side["norms"].shape != (len(ids), checkpoints) or side["finite"].shape != (len(ids),):
+        raise ValueError("its norms are not those of its rows")
+    kept = np.array([f"{name}:{at}" not in deleted for at in range(len(ids))], dtype=bool)
+    return Shard(name, parts, codes, ids, side["norms"], kept, kept & side["finite"].astype(bool))
 
 
 def check(manifest: Manifest, model: LoadedModel) -> None:
@@ -330,12 +345,19 @@ def read_manifest(path: Path) -> Manifest:
     if not file.is_file():
         raise IndexMissing(f"there is no finished index in '{path.name}'", field="index")
     try:
-        manifest = Manifest(**json.loads(file.read_bytes()))
-    except (ValueError, TypeError) as error:
+        read = json.loads(file.read_bytes())
+        manifest = Manifest(**read)
+    except (ValueError, TypeError, RecursionError) as error:
         raise IndexCorrupt(f"the manifest cannot be read: {error}", shard=MANIFEST) from error
     if manifest.format != FORMAT:
         detail = f"the index has format {manifest.format}, this version reads {FORMAT}: build it again"
         raise IndexCorrupt(detail, shard=MANIFEST)
+    try:
+        require_shape(read)
+        _ = manifest.index_spec
+    except (ValueError, TypeError, KeyError, SpecError) as error:
+        what = str(error).partition("\n")[2] or str(error)
+        raise IndexCorrupt(f"the manifest is not one that Headwater wrote: {what}", shard=MANIFEST) from error
     return manifest
 
 

@@ -10,7 +10,7 @@ import json
 import math
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -95,6 +95,10 @@ class LoadedModel:
     def encoder(self, template: Template = "auto", max_length: int | None = None) -> Encoder:
         """Renders rows and queries for this model, within its context."""
         return Encoder(self.tokenizer, template, min(max_length or self.context_length, self.context_length))
+
+    def count_tokens(self, texts: Iterable[str]) -> int:
+        """How many tokens the texts have, without what a template puts around them."""
+        return sum(len(self.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts)
 
     def generate(self, messages: Sequence[Message], max_new_tokens: int = 64, template: Template = "auto") -> str:
         """The model's own greedy answer, by its last checkpoint, to a prompt in an index's template."""

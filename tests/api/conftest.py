@@ -1,5 +1,6 @@
 """A running service for each test, and one with a built index that the tests which only read share."""
 
+import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -7,11 +8,14 @@ from typing import Any
 
 import pytest
 
+from app.catalog.database import Database
+from app.catalog.types import Scope
 from app.settings import Settings
 from tests.api.harness import Api, serving
 from tests.conftest import BACKENDS, Backend, backend_for
 
 Serve = Callable[..., Api]
+Mint = Callable[..., str]
 
 
 def quick(data_dir: Path, *roots: Path, **more: Any) -> Settings:
@@ -59,3 +63,48 @@ def asked(
     ):
         api.ready(tiny_model_dir)
         yield api
+
+
+@pytest.fixture(scope="session")
+def asked_locked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Api]:
+    """An empty service that needs keys, of which there are none."""
+    with serving(quick(tmp_path_factory.mktemp("locked"), auth="on")) as api:
+        yield api
+
+
+@pytest.fixture
+def locked(serve: Serve) -> Api:
+    """A fresh service that needs keys."""
+    return serve(auth="on")
+
+
+@pytest.fixture
+def catalog(tmp_path: Path) -> Path:
+    """The database of the fresh service."""
+    return tmp_path / "headwater.db"
+
+
+@pytest.fixture
+def mint(catalog: Path) -> Mint:
+    """Make a key of a tenant with the given scopes; with quotas, the tenant gets those."""
+
+    async def made(tenant: str, scopes: tuple[Scope, ...], quotas: tuple[int | None, int | None] | None) -> str:
+        database = Database(f"sqlite+aiosqlite:///{catalog}")
+        await database.migrate()
+        async with database.catalog() as found:
+            _, text = await found.api_keys.create(tenant, scopes, "")
+            if quotas is not None:
+                await found.api_keys.set_quota(tenant, *quotas)
+            await found.commit()
+        await database.close()
+        return text
+
+    def mint(tenant: str, *scopes: Scope, quotas: tuple[int | None, int | None] | None = None) -> str:
+        return asyncio.run(made(tenant, scopes, quotas))
+
+    return mint
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The header that carries a key."""
+    return {"Authorization": f"Bearer {key}"}

@@ -99,7 +99,8 @@ def until(look: Any, good: Any, timeout_s: float = TIMEOUT_S) -> Any:
 def serving(settings: Settings) -> Iterator[Api]:
     """The service on a free port for as long as the context lasts."""
     app = create_app(settings)
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2))
+    # kept alive for longer than the client keeps a connection: else both may let go of it at the same moment
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, timeout_graceful_shutdown=2, timeout_keep_alive=60))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -296,6 +296,46 @@ def test_a_model_that_changed_on_disk_is_not_built_upon_until_it_is_registered_a
     assert api.wait(api.build("again", model="anew")["job"]["id"])["state"] == "succeeded"
 
 
+@pytest.mark.parametrize("field", ["path", "gguf_file", "checkpoints.0.adapter", "checkpoints.0.model"])
+@pytest.mark.parametrize(
+    "way",
+    ["/etc/passwd", "{inside}/../../../../../../../etc/passwd", "{inside}/escape", "{inside}/escape/passwd", "~/x"],
+)
+def test_no_path_of_a_model_leads_out_of_the_allowed_roots(
+    api: Api, tiny_model_dir: Path, tmp_path: Path, field: str, way: str
+) -> None:
+    (tmp_path / "escape").symlink_to("/etc")
+    path = way.format(inside=tmp_path)
+    body: dict[str, Any] = {"name": "m", "path": str(tiny_model_dir)}
+    if field.startswith("checkpoints"):
+        body["checkpoints"] = [{"name": "c", field.rpartition(".")[2]: path}]
+    else:
+        body[field] = path
+    refused = api.post("/models", json=body)
+    slug = "path-missing" if way == "~/x" and field == "gguf_file" else "path-not-allowed"  # `~` means nothing here
+    problem(refused, 422, slug, field)
+    assert "root:" not in refused.text
+
+
+@pytest.mark.parametrize("field", ["gguf_file", "checkpoints.0.adapter", "checkpoints.0.model"])
+def test_a_null_byte_is_in_no_path_of_a_model(api: Api, tiny_model_dir: Path, field: str) -> None:
+    path = f"{tiny_model_dir}/config.json\0.gguf"
+    body: dict[str, Any] = {"name": "m", "path": str(tiny_model_dir)}
+    if field.startswith("checkpoints"):
+        body["checkpoints"] = [{"name": "c", field.rpartition(".")[2]: path}]
+    else:
+        body[field] = path
+    problem(api.post("/models", json=body), 422, "bad-path", field)
+
+
+@pytest.mark.parametrize("name", ["../../etc/rows.jsonl", "/etc/rows.jsonl", "..\\rows.jsonl", "a\0b.jsonl", "x" * 300])
+def test_the_name_of_an_upload_leads_nowhere(api: Api, tmp_path: Path, name: str) -> None:
+    before = {file for file in tmp_path.rglob("*") if "headwater.db" not in file.name}
+    answer = api.upload(jsonl(rows(1)), filename=name if name[:1] != "x" else f"{name}.jsonl")
+    assert answer.status_code in (201, 400, 422), answer.text
+    assert {file for file in tmp_path.rglob("*") if "headwater.db" not in file.name} == before
+
+
 def test_an_outside_path_does_not_say_whether_it_exists(api: Api) -> None:
     known, unknown = (api.post("/models", json={"name": "m", "path": path}).json() for path in ("/etc", "/no/such"))
     assert known["detail"].replace("/etc", "") == unknown["detail"].replace("/no/such", "")

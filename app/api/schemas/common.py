@@ -2,7 +2,7 @@
 
 from typing import Annotated, Generic, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints
 
 Item = TypeVar("Item")
 
@@ -17,6 +17,17 @@ def _unicode(text: str) -> str:
 
 # JSON can escape half a surrogate pair, which Python takes for a string but nothing else can write down
 Text = Annotated[str, AfterValidator(_unicode)]
+
+
+def _number(value: object) -> object:
+    if isinstance(value, str | bool):
+        raise ValueError("this is not a number")  # noqa: TRY004 pydantic turns a ValueError into a refusal
+    return value
+
+
+# The schema says number, so `"3"` and `true`, which pydantic would take for one, are mistakes and refused
+Integer = Annotated[int, BeforeValidator(_number)]
+Real = Annotated[float, BeforeValidator(_number)]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", min_length=1, max_length=100)]
 NAME = "A unique name; the resource can be addressed by it or by its id. Letters, digits, `.`, `_` and `-`."

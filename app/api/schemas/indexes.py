@@ -3,9 +3,9 @@
 from datetime import datetime
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
-from app.api.schemas.common import NAME, Body, Name, Text
+from app.api.schemas.common import NAME, Body, Integer, Name, Text
 from app.api.schemas.datasets import InlineRow
 from app.api.schemas.jobs import JobOut
 from app.catalog.tables import IndexRow
@@ -20,7 +20,7 @@ class ProjectionIn(Body):
         description="`kronecker`: size x size numbers a module; `global`: all modules summed into `size` numbers; "
         "`rapidgrad`: the hashed count-sketch of `size` buckets.",
     )
-    size: int | None = Field(
+    size: Integer | None = Field(
         None,
         ge=1,
         le=2**24,
@@ -28,7 +28,7 @@ class ProjectionIn(Body):
         "2^24). Left out: 16 for kronecker, 4096 for global, 65536 for rapidgrad.",
         examples=[16],
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Same seed, same numbers, on any machine.", examples=[0])
+    seed: Integer = Field(0, ge=0, lt=2**63, description="Same seed, same numbers, on any machine.", examples=[0])
 
 
 class IndexIn(Body):
@@ -49,11 +49,20 @@ class IndexIn(Body):
     template: Literal["auto", "chat", "alpaca", "plain"] = Field(
         "auto", description="How rows are laid out as text; `auto` takes the tokenizer's chat template if it has one."
     )
-    max_length: int = Field(1024, ge=2, description="Most tokens of a row; longer rows are cut and counted.")
+    max_length: Integer = Field(1024, ge=2, description="Most tokens of a row; longer rows are cut and counted.")
 
 
 class SamplesIn(Body):
     """Rows to add to an index: of a dataset, or written here."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "oneOf": [
+                {"required": ["dataset"], "properties": {"dataset": {"type": "string"}, "rows": {"type": "null"}}},
+                {"required": ["rows"], "properties": {"rows": {"type": "array"}, "dataset": {"type": "null"}}},
+            ]
+        }
+    )
 
     dataset: Text | None = Field(None, description="Id or name of a dataset.", examples=["veld-facts-2"])
     rows: list[InlineRow] | None = Field(None, min_length=1, description="Rows instead of a dataset.")

@@ -2,9 +2,9 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from app.api.schemas.common import Body, Message, Text
+from app.api.schemas.common import Body, Integer, Message, Text
 from app.api.schemas.filters import EXAMPLE, FILTER, Filter
 from app.problems import Problem
 
@@ -13,6 +13,21 @@ GENERATION_EXAMPLE = "Ilse Marn founded the harbour in 1412."
 
 class QueryIn(Body):
     """A prompt and what the model made of it."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "allOf": [
+                {"anyOf": [{"properties": {name: {"type": "null"}}} for name in ("prompt", "messages")]},
+                {
+                    "anyOf": [
+                        {"required": ["generation"], "properties": {"generation": {"type": "string"}}},
+                        {"required": ["prompt"], "properties": {"prompt": {"type": "string", "minLength": 1}}},
+                        {"required": ["messages"], "properties": {"messages": {"type": "array"}}},
+                    ]
+                },
+            ]
+        }
+    )
 
     prompt: Text | None = Field(
         None, description="What the model was given, as one user turn.", examples=["Who founded the harbour of Veld?"]
@@ -23,10 +38,10 @@ class QueryIn(Body):
     generation: Text | None = Field(
         None, description="What it said. Left out: the model writes it first (greedily).", examples=[GENERATION_EXAMPLE]
     )
-    max_new_tokens: int = Field(
+    max_new_tokens: Integer = Field(
         64, ge=1, description="Most tokens to write when `generation` is left out.", examples=[64]
     )
-    span: tuple[int, int] | None = Field(
+    span: tuple[Integer, Integer] | None = Field(
         None,
         description="Explain only these characters `[start, end)` of the generation: the part that is wrong, say.",
         examples=[[0, 9]],
@@ -45,7 +60,7 @@ class OptionsIn(Body):
     """How to answer."""
 
     index: Text = Field(description="Id or name of a ready index.", examples=["facts"])
-    top_k: int = Field(10, ge=1, description="Most samples to return in each direction.", examples=[10])
+    top_k: Integer = Field(10, ge=1, description="Most samples to return in each direction.", examples=[10])
     tokens: Literal["none", "query", "train", "both"] = Field(
         "query",
         description="Token scores for each sample: by token of the generation (`query`), of the sample (`train`), "

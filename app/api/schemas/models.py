@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, Field
 
-from app.api.schemas.common import NAME, Body, Name
+from app.api.schemas.common import NAME, Body, Name, Real
 from app.catalog.tables import Model
 
 
@@ -20,7 +20,7 @@ class CheckpointIn(Body):
     model: str | None = Field(
         None, description="Folder of a full checkpoint, when it is not the base with an adapter.", examples=[None]
     )
-    weight: float = Field(
+    weight: Real = Field(
         1.0, gt=0, allow_inf_nan=False, description="Its weight in the sum of the scores (its learning rate, say)."
     )
 
