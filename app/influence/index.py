@@ -49,7 +49,7 @@ class IndexSpec:
     """
 
     projection: ProjectionSpec = field(default_factory=ProjectionSpec)
-    normalisation: Literal["none", "layer"] = "none"
+    normalisation: Literal["none", "layer"] = "layer"
     template: Template = "auto"
     max_length: int = 1024
     token_budget: int = 1024

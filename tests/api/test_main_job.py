@@ -67,7 +67,7 @@ def test_the_texts_of_all_rows_come_in_one_round_trip(asked: Api, monkeypatch: p
 
 
 def test_the_definition_is_named(asked: Api) -> None:
-    for normalize, name in (("unit", "gradient_cosine"), ("none", "gradient_dot")):
+    for normalize, name in (("unit", "layer_cosine"), ("none", "layer_dot")):
         answer = must(asked.post("/influence", json={"index": "idx", **QUESTION, "normalize": normalize}))
         assert answer["definition"]["name"] == name
 

@@ -16,7 +16,7 @@ from app.influence.index import FEW, IndexSpec, ProjectionSpec, delete, open_ind
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.retrieval import Options, Query, influence
 
-SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=5, token_budget=200)
+SPEC = IndexSpec(ProjectionSpec(size=8), normalisation="none", shard_rows=5, token_budget=200)
 
 
 @pytest.fixture(scope="module")
