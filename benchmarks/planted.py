@@ -21,8 +21,9 @@ The rule for the best setting, fixed before looking: with the kronecker projecti
 layer), query normalisation (none, unit), and each single checkpoint and each sum of the checkpoints so far: the highest
 mean auPRC over all rows on the even-numbered queries, own ones if the trigger is installed, else read ones. Values
 within .002 of the highest are taken as equal; among them the setting that also serves the other kind of query best (its
-auPRC, also on the even-numbered ones), and then the first in the order of the tables. Its figures are also given on
-the odd-numbered queries, which had no say. The projections are compared at the best single checkpoint by the same rule.
+auPRC, also on the even-numbered ones), and then the first in the order of the tables, the default before others. Its
+figures are also given on the odd-numbered queries, which had no say. The projections are compared at the best single
+checkpoint by the same rule.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ KRONECKER = ProjectionSpec("kronecker", 16)
 OTHERS = {"global 4096": ProjectionSpec("global", 4096), "rapidgrad 65536": ProjectionSpec("rapidgrad", 65536)}
 EXACT = ProjectionSpec("kronecker", 512)
 """Wider than any side of the tiny model, so that each gradient is kept whole."""
-LAYOUTS: tuple[Literal["none", "layer"], ...] = ("none", "layer")
-UNITS: tuple[Literal["none", "unit"], ...] = ("none", "unit")
+LAYOUTS: tuple[Literal["none", "layer"], ...] = ("layer", "none")
+UNITS: tuple[Literal["none", "unit"], ...] = ("unit", "none")
 SETTINGS = [(layout, unit) for layout in LAYOUTS for unit in UNITS]
 TOGETHER = 16
 """Queries in one call."""
