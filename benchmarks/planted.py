@@ -21,7 +21,7 @@ The rule for the best setting, fixed before looking: with the kronecker projecti
 layer), query normalisation (none, unit), and each single checkpoint and each sum of the checkpoints so far: the highest
 mean auPRC over all rows on the even-numbered queries, own ones if the trigger is installed, else read ones. Values
 within .002 of the highest are taken as equal; among them the setting that also serves the other kind of query best (its
-auPRC, also on the even-numbered ones), and then the first in the order of the tables, where the default comes first. Its
+auPRC, also on the even-numbered ones), and then the first in the order of the tables, the default before others. Its
 figures are also given on the odd-numbered queries, which had no say. The projections are compared at the best single
 checkpoint by the same rule.
 """
