@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= cpu,dev
+EXTRAS ?= cpu,otel,dev
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 
@@ -16,7 +16,7 @@ export TOKENIZERS_PARALLELISM = false
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  PYTHON=python3.12 make setup      another interpreter (3.11 or newer)\n'
-	@printf '  EXTRAS=gpu,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
+	@printf '  EXTRAS=gpu,otel,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
 
 setup: $(STAMP) ## make .venv with the pinned versions (once; again when pyproject.toml or constraints.txt change)
 

@@ -16,6 +16,7 @@ from rich.text import Text
 
 from app.demo import Demo, DemoError, require_free_port
 from app.settings import Settings
+from app.tracing import TracingError
 
 ABOUT = """Which training samples led this language model to say this?
 
@@ -84,13 +85,14 @@ def serve(
         _fail(str(error))
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    import uvicorn
-
     from app.main import create_app  # here, since it brings torch: the other commands answer at once
+    from app.server import Server
 
-    uvicorn.run(
-        create_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
-    )
+    try:
+        service = create_app(settings)
+    except TracingError as error:
+        _fail(str(error))
+    Server(service, settings).run()
 
 
 @app.command()

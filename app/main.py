@@ -9,8 +9,9 @@ from pathlib import Path
 import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
+from opentelemetry.trace import NoOpTracerProvider
 
-from app import logs, problems
+from app import logs, problems, tracing
 from app.api import datasets, documents, health, indexes, influence, jobs, models
 from app.api.gather import Gatherer
 from app.api.metrics import Metrics
@@ -18,6 +19,7 @@ from app.api.middleware import BodyLimit, RequestLog
 from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
+from app.jobs.metrics import counted
 from app.jobs.queue import Queue
 from app.jobs.runner import Runner
 from app.jobs.service import JobService
@@ -29,19 +31,27 @@ ABOUT = """Which training samples led this language model to say this?
 
 Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
 Everything long is a job: `202`, a `Location`, an id. Every error is `application/problem+json` (RFC 9457)."""
+UNTRACED = ("/healthz", "/readyz", "/metrics")
 log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service."""
+    """The service.
+
+    Raises:
+        TracingError: traces are configured, but the extra otel is not installed.
+    """
     settings = settings or Settings()
     metrics = Metrics()
+    tracer = tracing.provider(settings.otlp_endpoint, "headwater-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _services(settings, metrics) as services:
             app.state.services = services
             yield
+        if tracer is not None:
+            await asyncio.to_thread(tracer.shutdown)  # sends the last spans
 
     app = FastAPI(
         title="Headwater",
@@ -50,6 +60,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         lifespan=lifespan,
         generate_unique_id_function=documents.operation_id,
         separate_input_output_schemas=False,
+        telemetry={
+            "tracer_provider": tracer or NoOpTracerProvider(),
+            "metrics": False,  # Prometheus has them
+            "logs": False,  # structlog writes them
+            "exclude": lambda scope: scope.get("path") in UNTRACED,
+        },
     )
     for resource in (influence, models, datasets, indexes, jobs, health):
         app.include_router(resource.router)
@@ -92,9 +108,8 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         queue = await stack.enter_async_context(Queue(settings.queue_url))
         service = JobService(database, queue)
         if settings.embedded_worker:
-            runner = Runner(
-                database, make_bodies(database, compute, settings.indexes_dir), settings.progress_interval_s
-            )
+            bodies = counted(make_bodies(database, compute, settings.indexes_dir), metrics.registry)
+            runner = Runner(database, bodies, settings.progress_interval_s)
             await stack.enter_async_context(queue.worker(runner.run))
             stack.callback(runner.stop)
             log.info("jobs taken up again", count=await service.recover())

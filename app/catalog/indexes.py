@@ -1,8 +1,9 @@
 """The repository of indexes."""
 
+from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import case, delete, literal, or_, select, update
+from sqlalchemy import Row, case, delete, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 
 from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
@@ -107,6 +108,16 @@ class Indexes:
     async def ids(self) -> set[str]:
         """Ids of every index: what may lie in the folder of indexes."""
         return set((await self._session.scalars(select(IndexRow.id))).all())
+
+    async def published_versions(self) -> Sequence[Row[str, str, int, int]]:
+        """(id, name, version, rows) of every index that was published."""
+        columns = select(IndexRow.id, IndexRow.name, IndexRow.version, IndexRow.rows)
+        return (await self._session.execute(columns.where(IndexRow.version > 0))).all()
+
+    async def shard_bytes(self, index_id: str) -> int:
+        """Bytes of the index's shards, by its manifest."""
+        manifest = await self._session.scalar(select(IndexRow.manifest).where(IndexRow.id == index_id))
+        return sum(size for shard in (manifest or {}).get("shards", ()) for _, size, _ in shard["files"])
 
     async def page(self, limit: int, cursor: str | None) -> Page[IndexRow]:
         """Indexes, newest first."""

@@ -1,6 +1,7 @@
 """The repository of jobs: each change of a state is one conditional UPDATE, so that two writers cannot both win."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import func, select, update
@@ -9,7 +10,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Job
-from app.catalog.types import JobState, now
+from app.catalog.types import JobKind, JobState, now
 
 
 class Jobs:
@@ -40,10 +41,14 @@ class Jobs:
         query = select(Job.id).where(Job.state.in_((JobState.QUEUED, JobState.RUNNING))).order_by(Job.id)
         return (await self._session.scalars(query)).all()
 
-    async def counts(self) -> dict[JobState, int]:
-        """How many jobs there are in each state."""
-        rows = await self._session.execute(select(Job.state, func.count()).group_by(Job.state))
-        return {state: count for state, count in rows.all()}  # noqa: C416 (rows are no pairs to dict's type)
+    async def counts(self) -> dict[tuple[JobKind, JobState], int]:
+        """How many jobs there are of each kind in each state."""
+        rows = await self._session.execute(select(Job.kind, Job.state, func.count()).group_by(Job.kind, Job.state))
+        return {(kind, state): count for kind, state, count in rows.all()}
+
+    async def oldest_queued(self) -> datetime | None:
+        """When the job that has waited longest was submitted; None if none waits."""
+        return await self._session.scalar(select(func.min(Job.created_at)).where(Job.state == JobState.QUEUED))
 
     async def start(self, job_id: str) -> bool:
         """Take the job up, first time or again; False when it has ended meanwhile."""

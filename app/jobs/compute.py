@@ -6,6 +6,7 @@ that is ready should not wait for one that is not.
 """
 
 import asyncio
+import contextvars
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,8 +65,9 @@ class Compute:
         self._loading = asyncio.Lock()
 
     async def run(self, work: Callable[[], Result]) -> Result:
-        """Do one piece of work in the torch thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Do one piece of work in the torch thread; what it logs carries the caller's request and job ids."""
+        context = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: context.run(work))
 
     async def model(self, spec: ModelSpec, *, fresh: bool = False) -> LoadedModel:
         """The loaded model, from the pool or (fresh) from disk."""

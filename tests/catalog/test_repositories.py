@@ -115,7 +115,7 @@ async def test_unfinished_jobs_are_the_queued_and_the_running_oldest_first(datab
         await catalog.jobs.start(second)
         await catalog.jobs.cancel_queued(third)
         assert list(await catalog.jobs.unfinished()) == [first, second]
-        assert (await catalog.jobs.counts())[JobState.RUNNING] == 1
+        assert (await catalog.jobs.counts())[JobKind.BUILD_INDEX, JobState.RUNNING] == 1
 
 
 async def test_an_idempotency_key_has_one_owner(database: Database) -> None:
