@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve test lint format typecheck openapi openapi-check check bench lock clean
+.PHONY: help setup demo serve stack test lint format typecheck openapi openapi-check check bench lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -32,6 +32,9 @@ demo: $(STAMP) ## the main job on a small real model, from nothing to two answer
 
 serve: $(STAMP) ## serve the API on HEADWATER_PORT (8000)
 	$(BIN)/headwater serve $(ARGS)
+
+stack: $(STAMP) ## PostgreSQL, Redis, an API and two workers as plain processes, as docker-compose.yml has them (Ctrl-C ends all)
+	$(BIN)/headwater stack $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (ARGS='-k name' for some of them)

@@ -1,4 +1,4 @@
-"""The command line: `headwater serve | demo | settings | openapi`."""
+"""The command line: `headwater serve | stack | demo | settings | openapi`."""
 
 import os
 import re
@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.demo import Demo, DemoError, require_free_port
+from app.demo import Demo
+from app.processes import ProcessError, require_free_port
 from app.settings import Settings
 from app.tracing import TracingError
 
@@ -81,7 +82,7 @@ def serve(
 
     try:
         require_free_port(settings.host, settings.port)
-    except DemoError as error:
+    except ProcessError as error:
         _fail(str(error))
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
@@ -120,11 +121,50 @@ def demo(
         Demo(data_dir=data_dir.resolve(), console=Console(highlight=False), port=port, threads=threads).run(
             stay=not leave
         )
-    except DemoError as error:
+    except ProcessError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         errors.print("\nStopped; everything is kept for the next run.")
         raise typer.Exit(0 if not leave else 130) from None
+
+
+@app.command()
+def stack(
+    port: Annotated[int, typer.Option(help="Port of the API.", show_default=True)] = 8000,
+    data_dir: Annotated[Path, typer.Option(help="Where data and logs lie.")] = Path(".headwater/stack"),
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch in each process.")] = 1,
+) -> None:
+    """Run what docker-compose.yml runs, as plain processes: PostgreSQL, Redis, the migration, an API, workers.
+
+    `HEADWATER_DATABASE_URL` and `HEADWATER_QUEUE_URL` name servers to use. Without them, those that answer on this
+    machine's usual ports are used; where none does, real ones are started out of packages. Ctrl-C ends all of it.
+
+    **Examples**
+
+    - `headwater stack`
+
+    - `headwater stack --workers 4 --port 9000`
+    """
+    from app.stack import Stack
+
+    given = _settings()
+    external_queue = "" if given.queue_url.startswith("memory://") else given.queue_url
+    try:
+        Stack(
+            data_dir=data_dir,
+            console=Console(),
+            port=port,
+            workers=workers,
+            threads=threads,
+            database_url=given.database_url,
+            queue_url=external_queue,
+        ).run()
+    except ProcessError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        errors.print("\nStopped; data and logs are kept.")
+        raise typer.Exit(0) from None
 
 
 @app.command("settings")

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.settings import Settings
 
-COMMANDS = ("serve", "demo", "settings", "openapi")
+COMMANDS = ("serve", "stack", "demo", "settings", "openapi")
 
 
 @pytest.fixture
