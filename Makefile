@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stack test lint format typecheck openapi openapi-check check bench lock clean
+.PHONY: help setup demo serve stack test lint format typecheck openapi openapi-check check bench load lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -65,6 +65,9 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
+
+load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
+	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)
 
 lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new

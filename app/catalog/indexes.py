@@ -5,10 +5,12 @@ from typing import Any
 
 from sqlalchemy import Row, case, delete, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer, joinedload
+from sqlalchemy.sql.base import ExecutableOption
 
 from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import INLINE, Dataset, IndexDataset, IndexRow, Job
+from app.catalog.tables import INLINE, Dataset, IndexDataset, IndexRow, Job, Model
 from app.catalog.types import IndexState, JobKind, JobState
 
 READY, CORRUPT = (literal(state, IndexRow.state.type) for state in (IndexState.READY, IndexState.CORRUPT))
@@ -20,17 +22,18 @@ class Indexes:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
 
-    async def get(self, ref: str) -> IndexRow:
+    async def get(self, ref: str, *options: ExecutableOption) -> IndexRow:
         """The index with that id or name."""
-        query = select(IndexRow).where(or_(IndexRow.id == ref, IndexRow.name == ref))
+        query = select(IndexRow).where(or_(IndexRow.id == ref, IndexRow.name == ref)).options(*options)
         found = (await self._session.scalars(query)).first()
         if found is None:
             raise NotFound(f"there is no index {ref!r}", field="index")
         return found
 
     async def ready(self, ref: str) -> IndexRow:
-        """The index, if it can be asked."""
-        index = await self.get(ref)
+        """The index, if it can be asked; without the lists that every query would decode and none looks at."""
+        lists = defer(IndexRow.manifest), joinedload(IndexRow.model).defer(Model.attributed).defer(Model.skipped)
+        index = await self.get(ref, *lists)
         if index.state is IndexState.CORRUPT:
             raise Damaged(f"{index.damage}: POST /indexes/{index.name}/repair", field="index")
         if index.state is not IndexState.READY:
