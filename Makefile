@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve stack test lint format typecheck openapi openapi-check check bench load lock clean
+.PHONY: help setup demo serve stack test lint format typecheck openapi openapi-check check bench load faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,10 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 
 load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
 	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)
+
+faults: export OMP_NUM_THREADS = 1
+faults: $(STAMP) ## kill workers, stop servers, fill disks: print what each cost, write benchmarks/out/faults.json (ten minutes)
+	$(BIN)/python -m benchmarks.faults --json benchmarks/out/faults.json $(ARGS)
 
 lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new

@@ -1,12 +1,14 @@
-"""The command line: `headwater serve | stack | demo | settings | openapi`."""
+"""The command line: `headwater serve | worker | migrate | stack | demo | settings | openapi`."""
 
+import asyncio
 import os
 import re
 import signal
 import threading
+from collections.abc import Callable, Coroutine
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar
 
 import typer
 from pydantic import ValidationError
@@ -19,6 +21,10 @@ from app.processes import ProcessError, require_free_port
 from app.settings import Settings
 from app.tracing import TracingError
 
+if TYPE_CHECKING:
+    from app.catalog.database import Database
+
+Result = TypeVar("Result")
 ABOUT = """Which training samples led this language model to say this?
 
 Headwater keeps a compressed gradient of every training sample in a FAISS index, turns a generation into gradients of
@@ -86,6 +92,8 @@ def serve(
         _fail(str(error))
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
+    if not settings.catalog_url.startswith("sqlite"):
+        _on_catalog(settings, lambda database: database.check())
     from app.main import create_app  # here, since it brings torch: the other commands answer at once
     from app.server import Server
 
@@ -94,6 +102,68 @@ def serve(
     except TracingError as error:
         _fail(str(error))
     Server(service, settings).run()
+
+
+@app.command()
+def migrate(
+    check: Annotated[bool, typer.Option("--check", help="Change nothing; fail unless the schema is current.")] = False,
+    to: Annotated[str, typer.Option(help="Another revision: newer or older, or `base` for none.")] = "head",
+) -> None:
+    """Bring the database to the revision that this version needs.
+
+    PostgreSQL is never migrated at start-up: run this once after an installation and once after each upgrade. SQLite
+    needs it only to go back. An older revision drops what it does not know of: make a back-up first.
+
+    **Examples**
+
+    - `HEADWATER_DATABASE_URL=postgresql://headwater@db/headwater headwater migrate`
+
+    - `headwater migrate --check` (for scripts)
+
+    - `headwater migrate --to 0002` (before going back to an older version)
+    """
+    settings = _settings()
+    settings.data_dir.mkdir(parents=True, exist_ok=True)
+    if check:
+        _on_catalog(settings, lambda database: database.check())
+        typer.echo("the database is at the revision that this version needs")
+        return
+    before, after = _on_catalog(settings, lambda database: database.migrate(to))
+    typer.echo(f"the database was at revision {before or 'base'}, and is at {after or 'base'}")
+
+
+@app.command()
+def worker(
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(help="The folder that it shares with the API.", show_default=_default("data_dir")),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))
+    ] = None,
+) -> None:
+    """Do the tasks of jobs, one at a time; any number of workers may run, on any number of machines.
+
+    It takes the catalog from `HEADWATER_DATABASE_URL`, its work from `HEADWATER_QUEUE_URL` (`redis://...`), and needs
+    the data folder and the models at the same paths as the API. A model stays loaded between tasks. `SIGTERM` or
+    `Ctrl-C`: it ends after its step and hands back what it holds.
+
+    **Examples**
+
+    - `HEADWATER_QUEUE_URL=redis://localhost headwater worker`
+
+    - `CUDA_VISIBLE_DEVICES=1 headwater worker` (one a GPU; the environment has the rest)
+    """
+    given = {"data_dir": data_dir, "threads": threads, "log_level": log_level}
+    settings = _settings(**{name: value for name, value in given.items() if value is not None})
+    if settings.queue_url == "memory://":
+        _fail("a worker needs a queue that it shares with the API: set HEADWATER_QUEUE_URL=redis://host:6379")
+    from app.worker import run_worker  # here, since it brings torch
+
+    run_worker(settings, Console(highlight=False))
 
 
 @app.command()
@@ -208,6 +278,24 @@ def openapi(
         typer.echo("wrote openapi/openapi.json")
     else:
         typer.echo(text, nl=False)
+
+
+def _on_catalog(settings: Settings, work: Callable[["Database"], Coroutine[Any, Any, Result]]) -> Result:
+    """Do something with the database alone, and say on one line why it cannot be done."""
+    from app.catalog.database import Database
+    from app.catalog.errors import CatalogError
+
+    async def open_and_work() -> Result:
+        database = Database(settings.catalog_url, **settings.database_pool)
+        try:
+            return await work(database)
+        finally:
+            await database.close()
+
+    try:
+        return asyncio.run(open_and_work())
+    except CatalogError as error:
+        _fail(error.detail)
 
 
 def _end_with_stdin() -> None:

@@ -1,12 +1,11 @@
 """create_app(): wiring only. What each part is, the part says itself."""
 
 import asyncio
-import shutil
+import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
-import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider
@@ -19,20 +18,20 @@ from app.api.middleware import BodyLimit, RequestLog
 from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
-from app.jobs.metrics import counted
+from app.jobs.metrics import JobMetrics
 from app.jobs.queue import Queue
-from app.jobs.runner import Runner
 from app.jobs.service import JobService
 from app.settings import Settings
-from workers.bodies import make_bodies
+from workers.reconcile import reconcile
+from workers.working import working
 
 VERSION = "0.1.0"
+UPLOAD_S = 3600.0  # longer than any upload takes
 ABOUT = """Which training samples led this language model to say this?
 
 Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
 Everything long is a job: `202`, a `Location`, an id. Every error is `application/problem+json` (RFC 9457)."""
 UNTRACED = ("/healthz", "/readyz", "/metrics")
-log = structlog.get_logger(__name__)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -81,18 +80,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
     """Everything that lives as long as the process, ended in the opposite order."""
     logs.configure(settings.log_level, settings.log_json)
-    shutil.rmtree(settings.uploads_dir, ignore_errors=True)  # half uploads of a process that was killed
     for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
+    await asyncio.to_thread(_remove_half_uploads, settings.uploads_dir)
     async with AsyncExitStack() as stack:
-        database = Database(settings.catalog_url)
+        database = Database(settings.catalog_url, patience_s=settings.catalog_patience_s, **settings.database_pool)
         stack.push_async_callback(database.close)
         if database.embedded:
             await database.migrate()
             async with database.catalog() as catalog:
                 await catalog.keys.release_unanswered()
                 await catalog.commit()
-            await _sweep(database, settings.indexes_dir)
+        else:
+            await database.check()
         compute = Compute(
             threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
         )
@@ -105,30 +105,18 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             length=settings.influence_queue,
         )
         stack.push_async_callback(gatherer.close)
-        queue = await stack.enter_async_context(Queue(settings.queue_url))
-        service = JobService(database, queue)
+        queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
+        service = JobService(database, queue, task_retries=settings.task_retries)
+        await reconcile(database, service, settings.indexes_dir)
         if settings.embedded_worker:
-            bodies = counted(make_bodies(database, compute, settings.indexes_dir), metrics.registry)
-            runner = Runner(database, bodies, settings.progress_interval_s)
-            await stack.enter_async_context(queue.worker(runner.run))
-            stack.callback(runner.stop)
-            log.info("jobs taken up again", count=await service.recover())
+            counters = JobMetrics(metrics.registry)
+            await stack.enter_async_context(working(settings, database, compute, queue, service, counters))
+        await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
         yield Services(settings, database, compute, service, gatherer, metrics)
 
 
-async def _sweep(database: Database, indexes_dir: Path) -> None:
-    """Remove what a crash in the middle of a deletion left: folders of indexes that the catalog does not know.
-
-    A catalog without a model has made none of them: then this is the wrong database, and nothing is touched.
-    """
-    folders = await asyncio.to_thread(lambda: list(indexes_dir.glob("idx_*")))  # first: a new index may come between
-    async with database.catalog() as catalog:
-        known, models = await catalog.indexes.ids(), await catalog.models.page(1, None)
-    for folder in folders:
-        if folder.name in known:
-            continue
-        if not models.items:
-            log.warning("a folder of an index that this catalog does not know is left alone", folder=str(folder))
-            continue
-        await asyncio.to_thread(shutil.rmtree, folder, ignore_errors=True)
-        log.info("removed the folder of an index that is no more", folder=str(folder))
+def _remove_half_uploads(folder: Path) -> None:
+    """What a killed process left, but not what another API process receives into the shared folder at this moment."""
+    for upload in folder.iterdir():
+        if time.time() - upload.stat().st_mtime > UPLOAD_S:
+            upload.unlink(missing_ok=True)

@@ -1,9 +1,10 @@
 """Every error leaves as RFC 9457 problem+json, and every translation from exception to status is in this file.
 
 Refusal            raised by the HTTP layer itself: says its own status
-CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409
+CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409; Unavailable, WrongSchema 503
 HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409; DiskFull 507
 IntegrityError     409: somebody else was quicker
+DataError          422: a value that the database has no room for
 validation         422, one entry a field
 anything else      500 that says nothing but the request's id; the log has the rest
 """
@@ -18,10 +19,10 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy.exc import DataError, IntegrityError, OperationalError
 from starlette.exceptions import HTTPException
 
-from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, NotFound
+from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, NotFound, Unavailable, WrongSchema
 from app.influence.errors import (
     DiskFull,
     HeadwaterError,
@@ -35,6 +36,8 @@ from app.influence.errors import (
 )
 
 MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_S = 5  # about what a database needs to come back
+PG_DISK_FULL = "53100"
 
 
 class FieldError(BaseModel):
@@ -74,6 +77,8 @@ KINDS: dict[type[Exception], tuple[int, str]] = {
     AlreadyExists: (409, "already-exists"),
     Conflict: (409, "conflict"),
     Damaged: (409, "index-corrupt"),
+    Unavailable: (503, "database-away"),
+    WrongSchema: (503, "wrong-schema"),
     RowError: (422, "bad-row"),
     QueryError: (422, "bad-query"),
     ModelError: (422, "bad-model"),
@@ -98,9 +103,12 @@ def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str] | None]:
         for kind in type(error).__mro__:
             if kind in KINDS:
                 status, slug = KINDS[kind]
-                return make(status, slug, error.detail, one(error.field, error.detail)), None
+                headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+                return make(status, slug, error.detail, one(error.field, error.detail)), headers
     if isinstance(error, IntegrityError):
         return make(409, "conflict", "another request changed the same thing at this moment: look and try again"), None
+    if isinstance(error, DataError):
+        return make(422, "invalid-request", "a value is out of range, or holds a NUL character"), None
     if _is_full_disk(error):
         return make(507, "disk-full", "the disk is full; nothing was kept"), None
     return make(500, "internal", "an unexpected error; the log has it under this request_id"), None
@@ -108,7 +116,7 @@ def problem_of(error: Exception) -> tuple[Problem, Mapping[str, str] | None]:
 
 def _is_full_disk(error: Exception) -> bool:
     if isinstance(error, OperationalError):  # SQLite has no errno to look at
-        return "disk is full" in str(error.orig)
+        return "disk is full" in str(error.orig) or getattr(error.orig, "sqlstate", None) == PG_DISK_FULL
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -157,5 +165,13 @@ async def _handle(_request: Request, error: Exception) -> JSONResponse:
 
 def install(app: FastAPI) -> None:
     """Make every expected error of the app a problem; the request log does so for the unexpected."""
-    for kind in (Refusal, CatalogError, HeadwaterError, IntegrityError, RequestValidationError, HTTPException):
+    for kind in (
+        Refusal,
+        CatalogError,
+        HeadwaterError,
+        IntegrityError,
+        DataError,
+        RequestValidationError,
+        HTTPException,
+    ):
         app.add_exception_handler(kind, _handle)

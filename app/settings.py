@@ -8,10 +8,11 @@ PostgreSQL and Redis is a change of ``database_url`` and ``queue_url`` and of no
 from functools import cached_property
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 MEBIBYTE = 1024 * 1024
+DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg", "postgres": "postgresql+psycopg"}
 
 
 class Settings(BaseSettings):
@@ -21,11 +22,19 @@ class Settings(BaseSettings):
 
     data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
     database_url: str = Field(
-        "", description="SQLAlchemy URL of the catalog. Empty: SQLite in data_dir, migrated at start-up."
+        "",
+        description="URL of the catalog: postgresql://user:password@host/name, migrated by `headwater migrate`; or "
+        "sqlite:///file, migrated at start-up. Empty: SQLite in data_dir.",
+    )
+    database_pool_size: int = Field(10, ge=1, description="Connections to the database that are kept open.")
+    database_pool_overflow: int = Field(10, ge=0, description="Connections beyond those, closed when they are done.")
+    database_pool_timeout_s: float = Field(
+        10.0, gt=0, description="How long a request waits for a connection to the database: 503 after that."
     )
     queue_url: str = Field(
         "memory://", description="Where jobs queue: memory:// (this process) or redis://... (any number of workers)."
     )
+    queue_name: str = Field("headwater", description="Prefix of the queue's keys, for services that share a Redis.")
     embedded_worker: bool = Field(True, description="Run a worker inside the API process.")
     host: str = Field("127.0.0.1", description="Address that the API listens on.")
     port: int = Field(8000, ge=0, le=65535, description="Port that the API listens on.")
@@ -71,9 +80,55 @@ class Settings(BaseSettings):
     influence_queue: int = Field(64, ge=1, description="Influence calls that may wait; one more is answered 503.")
     max_batch_queries: int = Field(64, ge=1, description="Most queries of one POST /influence/batch.")
 
+    lease_s: float = Field(
+        30.0, gt=0, description="A worker that was not heard of for so long has lost its task to another."
+    )
+    task_timeout_s: float = Field(
+        600.0, gt=0, description="A task that made no step for so long is taken from its worker."
+    )
+    task_retries: int = Field(
+        3, ge=0, description="How often a task is done again after a lost worker or an unexpected error."
+    )
+    job_concurrency: int = Field(0, ge=0, description="Most tasks of one job that run at once. 0: no limit.")
+    sweep_interval_s: float = Field(
+        5.0, gt=0, description="How often lost tasks are looked for, and what the queue forgot is queued again."
+    )
+    catalog_patience_s: float = Field(
+        300.0, ge=0, description="How long a worker waits for a catalog that is away before its task counts as failed."
+    )
+    reconcile_interval_s: float = Field(
+        300.0,
+        gt=0,
+        description="How often a worker compares the catalog with the files; each process does at its start.",
+    )
     progress_interval_s: float = Field(0.5, ge=0, description="A job's progress is written at most this often.")
     events_interval_s: float = Field(0.25, gt=0, description="How often a job's event stream looks for news.")
     idempotency_ttl_h: float = Field(24.0, gt=0, description="How long an Idempotency-Key and its answer are kept.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _with_driver(cls, url: str) -> str:
+        """The URL with the driver that the code is written for, whichever way it names the database."""
+        dialect, separator, rest = url.partition("://")
+        if url and (dialect not in {*DRIVERS, *DRIVERS.values()} or not separator):
+            raise ValueError("name a PostgreSQL (postgresql://user@host/name) or a SQLite file (sqlite:///file)")
+        return f"{DRIVERS.get(dialect, dialect)}{separator}{rest}"
+
+    @property
+    def database_pool(self) -> dict[str, float]:
+        """The connection pool, as SQLAlchemy wants it."""
+        return {
+            "pool_size": self.database_pool_size,
+            "max_overflow": self.database_pool_overflow,
+            "pool_timeout": self.database_pool_timeout_s,
+        }
+
+    @field_validator("embedded_worker")
+    @classmethod
+    def _somebody_works(cls, embedded: bool, info: ValidationInfo) -> bool:
+        if not embedded and info.data.get("queue_url") == "memory://":
+            raise ValueError("without an embedded worker nobody would do the jobs: set HEADWATER_QUEUE_URL=redis://...")
+        return embedded
 
     @cached_property
     def catalog_url(self) -> str:

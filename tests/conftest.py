@@ -1,13 +1,27 @@
-"""A real, tiny Llama with a byte tokenizer, trained for a moment, and a LoRA adapter: made once a session."""
+"""What the tests share.
 
+A real, tiny Llama with a byte tokenizer, trained for a moment, and a LoRA adapter: made once a session. And where the
+service keeps its catalog and its queue: a test that takes `backend` (or `database`, `queue`, `serve`, `api`) runs once
+on SQLite with the queue in the process, and once on PostgreSQL with Redis.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import pytest_asyncio
 import torch
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from app.catalog.database import Database
+from tests.servers import postgres, postgres_database, redis_database, redis_server
+
+BACKENDS = ("sqlite", "postgres")
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}\n{{ m.content }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant\n{% endif %}"
@@ -16,7 +30,11 @@ TEMPLATE = (
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("models") / "tiny"
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+def make_tiny_model(root: Path) -> Path:
+    """Write the model and its tokenizer to a folder."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {"<s>": 0, "</s>": 1, "<pad>": 2, **{letter: i + 3 for i, letter in enumerate(letters)}}
     vocabulary["th"] = len(vocabulary)  # one merge, which a GGUF file cannot do without
@@ -64,3 +82,75 @@ def tiny_adapter_dir(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFact
     path = tmp_path_factory.mktemp("adapters") / "tiny"
     model.save_pretrained(path)
     return path
+
+
+@dataclass(frozen=True)
+class Backend:
+    """Where a service keeps its catalog and its queue."""
+
+    database_url: str
+    queue_url: str
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """As settings of the service."""
+        return {"database_url": self.database_url, "queue_url": self.queue_url}
+
+
+@pytest.fixture(scope="session")
+def postgres_url() -> Iterator[str]:
+    """A PostgreSQL server."""
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def redis_url() -> Iterator[str]:
+    """A Redis server."""
+    with redis_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres_url: str) -> Iterator[str]:
+    """A database with the newest schema and nothing in it, to copy."""
+
+    async def migrate() -> None:
+        database = Database(url)
+        await database.migrate()
+        await database.close()
+
+    with postgres_database(postgres_url) as url:
+        asyncio.run(migrate())
+        yield url
+
+
+@contextmanager
+def backend_for(request: pytest.FixtureRequest, folder: Path) -> Iterator[Backend]:
+    """The backend that a parametrised fixture was asked for; the servers are looked for when a test needs them."""
+    if request.param == "sqlite":
+        yield Backend(f"sqlite+aiosqlite:///{folder / 'headwater.db'}", "memory://")
+        return
+    server, template, queues = (
+        request.getfixturevalue(name) for name in ("postgres_url", "migrated_postgres", "redis_url")
+    )
+    with ExitStack() as stack:
+        yield Backend(
+            stack.enter_context(postgres_database(server, template)), stack.enter_context(redis_database(queues))
+        )
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Backend]:
+    """Empty, and the test's own."""
+    with backend_for(request, tmp_path) as made:
+        yield made
+
+
+@pytest_asyncio.fixture
+async def database(backend: Backend) -> AsyncIterator[Database]:
+    """A migrated catalog."""
+    database = Database(backend.database_url)
+    await database.migrate()
+    yield database
+    await database.close()

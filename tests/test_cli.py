@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.settings import Settings
 
-COMMANDS = ("serve", "stack", "demo", "settings", "openapi")
+COMMANDS = ("serve", "worker", "migrate", "stack", "demo", "settings", "openapi")
 
 
 @pytest.fixture
@@ -70,3 +70,16 @@ def test_openapi_check_fails_on_drift(run: CliRunner, monkeypatch: pytest.Monkey
     assert run.invoke(app, ["openapi", "--check"]).exit_code == 1
     assert run.invoke(app, ["openapi", "--write"]).exit_code == 0
     assert run.invoke(app, ["openapi", "--check"]).exit_code == 0
+
+
+def test_a_worker_without_a_shared_queue_says_what_to_set(run: CliRunner) -> None:
+    result = run.invoke(app, ["worker"])
+    assert result.exit_code == 1
+    assert "HEADWATER_QUEUE_URL=redis://" in result.output
+
+
+def test_a_service_in_which_nobody_works_is_refused(run: CliRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADWATER_EMBEDDED_WORKER", "false")
+    result = run.invoke(app, ["settings"])
+    assert result.exit_code == 1
+    assert "HEADWATER_EMBEDDED_WORKER" in result.output

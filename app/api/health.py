@@ -7,6 +7,7 @@ from pydantic import BaseModel, Field
 
 from app.api.documents import problems
 from app.api.services import Use
+from app.catalog.errors import CatalogError
 from app.problems import Refusal
 
 router = APIRouter(tags=["health"])
@@ -30,10 +31,8 @@ async def is_ready(services: Use) -> Health:
     """The database answers and has the newest schema: send requests only while this succeeds."""
     try:
         await services.database.check()
-    except Exception as error:
-        raise Refusal(
-            503, "not-ready", "the database is away or its schema is old", headers={"Retry-After": "5"}
-        ) from error
+    except CatalogError as error:
+        raise Refusal(503, "not-ready", error.detail, headers={"Retry-After": "5"}) from error
     return Health(status="ok")
 
 

@@ -32,7 +32,7 @@ class Work:
         self.submitted: list[str] = []
 
     async def submit(self, job: Job) -> Job:
-        """Store a job and have it enqueued after the commit."""
+        """Store a job and have its work announced after the commit."""
         job.request_id = correlation_id.get()
         await self.catalog.jobs.add(job)
         self.submitted.append(job.id)
@@ -54,13 +54,13 @@ class Services:
 
     @asynccontextmanager
     async def work(self) -> AsyncIterator[Work]:
-        """A unit of work: kept and enqueued if the block ends well, forgotten if it raises."""
+        """A unit of work: kept and announced if the block ends well, forgotten if it raises."""
         async with self.database.catalog() as catalog:
             work = Work(catalog)
             yield work
             await catalog.commit()
         for job_id in work.submitted:
-            await self.jobs.enqueue(job_id)
+            await self.jobs.announce(job_id)
 
     @asynccontextmanager
     async def noticing_damage(self, index_id: str) -> AsyncIterator[None]:

@@ -8,6 +8,7 @@ from app.catalog.jobs import Jobs
 from app.catalog.keys import Keys
 from app.catalog.models import Models
 from app.catalog.tables import IndexRow
+from app.catalog.tasks import Tasks
 
 
 class Catalog:
@@ -19,6 +20,7 @@ class Catalog:
         self.datasets = Datasets(session)
         self.indexes = Indexes(session)
         self.jobs = Jobs(session)
+        self.tasks = Tasks(session)
         self.keys = Keys(session)
 
     async def refresh(self, index: IndexRow) -> None:

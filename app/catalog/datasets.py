@@ -84,9 +84,14 @@ class Datasets:
         found = (await self._session.scalars(query.order_by(Sample.ordinal).limit(limit + 1))).all()
         return Page(found[:limit], str(found[limit - 1].ordinal) if len(found) > limit else None)
 
-    async def records(self, dataset_id: str) -> Sequence[str]:
-        """The canonical records of a dataset in their order: what a build reads."""
-        query = select(Sample.record).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
+    async def records(self, dataset_id: str, start: int = 0, count: int | None = None) -> Sequence[str]:
+        """The canonical records of `count` (all) rows of a dataset from the ordinal `start` on, in their order."""
+        query = select(Sample.record).where(Sample.dataset_id == dataset_id, Sample.ordinal >= start)
+        return (await self._session.scalars(query.order_by(Sample.ordinal).limit(count))).all()
+
+    async def row_ids(self, dataset_id: str) -> Sequence[str]:
+        """The stable ids of a dataset's rows in their order."""
+        query = select(Sample.row_id).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
         return (await self._session.scalars(query)).all()
 
     async def of_index(self, index_id: str, row_ids: Collection[str]) -> dict[str, Sample]:

@@ -3,8 +3,10 @@
 CatalogError
 ├── NotFound        nothing has that id or name
 ├── AlreadyExists   the unique name is taken
-└── Conflict        the thing is in a state that does not allow it
-    └── Damaged     its files are not those that were written
+├── Conflict        the thing is in a state that does not allow it
+│   └── Damaged     its files are not those that were written
+├── Unavailable     the database does not answer, or has no connection left
+└── WrongSchema     the database was migrated to another revision than the code's
 """
 
 
@@ -31,3 +33,11 @@ class Conflict(CatalogError):
 
 class Damaged(Conflict):
     """Its files are not those that were written; a repair makes them so."""
+
+
+class Unavailable(CatalogError):
+    """The database does not answer, or has no connection left: the same request may well succeed later."""
+
+
+class WrongSchema(CatalogError):
+    """The database was migrated to another revision than the code's."""

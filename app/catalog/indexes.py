@@ -122,6 +122,12 @@ class Indexes:
         manifest = await self._session.scalar(select(IndexRow.manifest).where(IndexRow.id == index_id))
         return sum(size for shard in (manifest or {}).get("shards", ()) for _, size, _ in shard["files"])
 
+    async def idle(self) -> Sequence[IndexRow]:
+        """Ready indexes on which no job works."""
+        busy = select(Job.index_id).where(Job.state.in_((JobState.QUEUED, JobState.RUNNING)), Job.index_id.is_not(None))
+        query = select(IndexRow).where(IndexRow.state == IndexState.READY, IndexRow.id.not_in(busy))
+        return (await self._session.scalars(query)).unique().all()
+
     async def page(self, limit: int, cursor: str | None) -> Page[IndexRow]:
         """Indexes, newest first."""
         return await newest_first(self._session, IndexRow, limit=limit, cursor=cursor)

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.sql.expression import ColumnElement
 
 from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import Job
-from app.catalog.types import JobKind, JobState, now
+from app.catalog.tables import Job, Task
+from app.catalog.tasks import Tasks, clock
+from app.catalog.types import JobKind, JobState, TaskState, now
+
+ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 
 
 class Jobs:
@@ -27,18 +31,19 @@ class Jobs:
         return job
 
     async def add(self, job: Job) -> None:
-        """Store a new job."""
+        """Store a new job with the task that it begins with."""
         self._session.add(job)
         await self._session.flush()
+        await Tasks(self._session).begin(job.id)
 
     async def page(self, limit: int, cursor: str | None, state: JobState | None) -> Page[Job]:
         """Jobs, newest first."""
         where = [] if state is None else [Job.state == state]
         return await newest_first(self._session, Job, *where, limit=limit, cursor=cursor)
 
-    async def unfinished(self) -> Sequence[str]:
-        """Ids of every queued or running job, oldest first: what a start-up hands to the queue again."""
-        query = select(Job.id).where(Job.state.in_((JobState.QUEUED, JobState.RUNNING))).order_by(Job.id)
+    async def without_tasks(self) -> Sequence[str]:
+        """Ids of unfinished jobs that an older version of the service submitted."""
+        query = select(Job.id).where(Job.state.in_(ACTIVE), ~exists().where(Task.job_id == Job.id))
         return (await self._session.scalars(query)).all()
 
     async def counts(self) -> dict[tuple[JobKind, JobState], int]:
@@ -50,19 +55,24 @@ class Jobs:
         """When the job that has waited longest was submitted; None if none waits."""
         return await self._session.scalar(select(func.min(Job.created_at)).where(Job.state == JobState.QUEUED))
 
-    async def start(self, job_id: str) -> bool:
-        """Take the job up, first time or again; False when it has ended meanwhile."""
+    async def lock(self, job_id: str) -> bool:
+        """Keep others from changing the job or its tasks until the commit; False when it has ended meanwhile."""
+        return await self._move(job_id, ACTIVE)
+
+    async def start(self, job_id: str, *, again: bool) -> bool:
+        """A task of the job was taken; `again` when the job's work begins or a part of it is done once more."""
         return await self._move(
             job_id,
-            (JobState.QUEUED, JobState.RUNNING),
+            ACTIVE,
             state=JobState.RUNNING,
-            attempts=Job.attempts + 1,
-            started_at=now(),
+            attempts=Job.attempts + int(again),
+            started_at=func.coalesce(Job.started_at, now()) if not again else now(),
         )
 
-    async def put_back(self, job_id: str) -> bool:
-        """Running again becomes queued: the process stops and the next one goes on."""
-        return await self._move(job_id, (JobState.RUNNING,), state=JobState.QUEUED)
+    async def rest(self, job_id: str) -> bool:
+        """A running job of which no task runs is queued again."""
+        running = exists().where(Task.job_id == job_id, Task.state == TaskState.RUNNING)
+        return await self._move(job_id, (JobState.RUNNING,), ~running, state=JobState.QUEUED)
 
     async def progress(self, job_id: str, progress: dict[str, Any]) -> bool:
         """Write progress."""
@@ -76,19 +86,20 @@ class Jobs:
             job_id, (JobState.RUNNING,), state=state, result=result or {}, error=error or {}, finished_at=now()
         )
 
-    async def cancel_queued(self, job_id: str) -> bool:
-        """Cancel a job that no worker has taken."""
+    async def give_up(self, job_id: str, error: dict[str, Any]) -> bool:
+        """Fail a job on which workers were lost."""
+        return await self._move(job_id, ACTIVE, state=JobState.FAILED, error=error, finished_at=now())
+
+    async def cancel_idle(self, job_id: str) -> bool:
+        """Cancel a job on which no worker works."""
+        live = exists().where(Task.job_id == job_id, Task.state == TaskState.RUNNING, Task.lease_until > clock())
         return await self._move(
-            job_id, (JobState.QUEUED,), state=JobState.CANCELLED, cancel_requested=True, finished_at=now()
+            job_id, ACTIVE, ~live, state=JobState.CANCELLED, cancel_requested=True, finished_at=now()
         )
 
     async def request_cancel(self, job_id: str) -> bool:
         """Ask a running job to stop after its step."""
         return await self._move(job_id, (JobState.RUNNING,), cancel_requested=True)
-
-    async def cancel_requested(self, job_id: str) -> bool:
-        """Whether somebody asked the job to stop."""
-        return bool(await self._session.scalar(select(Job.cancel_requested).where(Job.id == job_id)))
 
     async def retry(self, job_id: str) -> bool:
         """Queue a failed or cancelled job once more."""
@@ -98,11 +109,13 @@ class Jobs:
             state=JobState.QUEUED,
             cancel_requested=False,
             error={},
+            progress={},
             finished_at=None,
         )
 
-    async def _move(self, job_id: str, sources: Sequence[JobState], **values: Any) -> bool:
+    async def _move(self, job_id: str, sources: Sequence[JobState], *also: ColumnElement[bool], **values: Any) -> bool:
         """Change the job if it is in one of the source states; each change is a new version, the id of its event."""
-        change = update(Job).where(Job.id == job_id, Job.state.in_(sources)).values(version=Job.version + 1, **values)
+        here = Job.id == job_id, Job.state.in_(sources)
+        change = update(Job).where(*here, *also).values(version=Job.version + 1, **values)
         done = await self._session.execute(change.returning(Job.id).execution_options(synchronize_session=False))
         return done.first() is not None

@@ -8,14 +8,16 @@ carries an id and nothing else, so it may forget everything without anything bei
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Enum, ForeignKey, Index, MetaData, String, Text, UniqueConstraint
+from sqlalchemy import JSON, Enum, Float, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from app.catalog.types import IndexState, JobKind, JobState, UTCDateTime, now
+from app.catalog.types import IndexState, JobKind, JobState, TaskState, UTCDateTime, now
 
 INLINE = "request"  # the source of rows that were written into a request
 Json = JSON().with_variant(JSONB(), "postgresql")
+
+ACTIVE = text("state IN ('queued', 'running')")
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -42,6 +44,7 @@ class Base(DeclarativeBase):
         JobState: _state(JobState),
         JobKind: _state(JobKind),
         IndexState: _state(IndexState),
+        TaskState: _state(TaskState),
     }
 
 
@@ -79,7 +82,17 @@ class Sample(Base):
     """One training row: its place, its stable id, its canonical record."""
 
     __tablename__ = "samples"
-    __table_args__ = (UniqueConstraint("dataset_id", "row_id"), Index(None, "row_id"))
+    __table_args__ = (
+        UniqueConstraint("dataset_id", "row_id"),
+        Index(None, "row_id"),
+        Index(
+            None,
+            "metadata",
+            postgresql_using="gin",
+            postgresql_ops={"metadata": "jsonb_path_ops"},
+            info={"dialect": "postgresql"},  # SQLite has nothing like it
+        ),
+    )
 
     dataset_id: Mapped[str] = mapped_column(ForeignKey("datasets.id", ondelete="CASCADE"), primary_key=True)
     ordinal: Mapped[int] = mapped_column(primary_key=True)
@@ -121,9 +134,13 @@ class IndexDataset(Base):
 
 
 class Job(Base):
-    """A piece of long work. Its id is the queue's key and the queue's only argument."""
+    """A piece of long work, which workers do in tasks."""
 
     __tablename__ = "jobs"
+    __table_args__ = (
+        # Two writers would race for an index's manifest, and two API processes may be asked at the same moment.
+        Index("uq_jobs_index_id_active", "index_id", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
+    )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
     kind: Mapped[JobKind]
@@ -140,6 +157,31 @@ class Job(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
+
+
+class Task(Base):
+    """A part of a job that one worker does at a time: it holds a lease, by the database's clock and not its own.
+
+    `claim` is drawn anew whenever the task is taken, so that a worker whose lease ran out can change nothing any more.
+    """
+
+    __tablename__ = "tasks"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True)
+    stage: Mapped[str] = mapped_column(String(20))
+    params: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    state: Mapped[TaskState] = mapped_column(default=TaskState.QUEUED, index=True)
+    total: Mapped[int] = mapped_column(default=0)
+    done: Mapped[int] = mapped_column(default=0)
+    total_work: Mapped[int] = mapped_column(default=0)  # tokens, say; 0 until a worker knows
+    work: Mapped[int] = mapped_column(default=0)
+    resumed: Mapped[bool] = mapped_column(default=False)
+    attempts: Mapped[int] = mapped_column(default=0)
+    failures: Mapped[int] = mapped_column(default=0)
+    worker: Mapped[str | None] = mapped_column(String(100))
+    claim: Mapped[str | None] = mapped_column(String(20))
+    lease_until: Mapped[float | None] = mapped_column(Float(53))  # seconds since 1970
 
 
 class IdempotencyKey(Base):

@@ -24,6 +24,15 @@ class JobState(StrEnum):
         return self not in (JobState.QUEUED, JobState.RUNNING)
 
 
+class TaskState(StrEnum):
+    """Where a task, a part of a job that one worker does, is in its life."""
+
+    WAITING = "waiting"  # for the job's other tasks
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+
+
 class JobKind(StrEnum):
     """What a job does; each kind has one body under workers/."""
 

@@ -1,7 +1,10 @@
-"""Building an index, one batch a step, so that progress is seen, a cancel is quick and a crash loses little.
+"""Building an index in parts that any process may compute, one batch a step.
 
-A shard is written beside its name, synced, renamed and then recorded in a small JSON file with its checksums; the
-manifest comes last. So a build that is killed loses at most the shard in hand, and running it again goes on from there.
+A plan divides the rows into shards; it follows from the rows and the settings alone, so that every process that asks
+gets the same one. A shard is written beside its name, synced, renamed and then recorded in a small JSON file with its
+checksums. Whoever finds all of them finished publishes the manifest, which makes the index exist. So parts may be
+computed by many processes, twice, or again after a crash: the bytes are the same, and a build that is killed loses at
+most the shard in hand. `build`, `append` and `repair` do all of it in one process.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,30 +25,55 @@ from safetensors.numpy import save
 
 from app.influence import index as disk
 from app.influence.corpus import Encoder, Example, Row
-from app.influence.errors import RowError, SpecError, disk_full_is_named
+from app.influence.errors import IndexCorrupt, RowError, SpecError, disk_full_is_named
 from app.influence.gradients import gradients, losses, plan_for
-from app.influence.index import IndexSpec, Manifest, damaged, open_index, publish, read_manifest, write_file
+from app.influence.index import (
+    IndexSpec,
+    Manifest,
+    damaged,
+    open_index,
+    publish,
+    read_manifest,
+    remove_parts,
+    write_file,
+)
 from app.influence.models import LoadedModel
 
+HELDOUT = "heldout.json"
 NUMBERS = 2**27  # float32 numbers of a shard, or of a batch, while it is collected (512 MiB)
 UNRELIABLE = 0.5  # training loss below this share of the held-out loss: METHODS, "Which checkpoint, and which query"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a build is, counted over all its checkpoints."""
+    """How far a piece of work is. `resumed`: an earlier run had done it, so its tokens took no time now."""
 
     stage: str
     rows: int
     total_rows: int
     tokens: int
     total_tokens: int
+    resumed: bool = False
+
+
+@dataclass(frozen=True)
+class Part:
+    """One shard's share: the rows from `start` on of those that are built, added or repaired together."""
+
+    number: int
+    start: int
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """What its files begin with."""
+        return f"{self.number:06d}"
 
 
 def build(
     path: Path, model: LoadedModel, rows: Sequence[Row], spec: IndexSpec, heldout: Sequence[Row] = ()
 ) -> Iterator[Progress]:
-    """Build an index, one batch a step; called again on the same path it takes up what a crash left.
+    """Build an index in this process; called again on the same path it takes up what a crash left.
 
     A row without a response token within `max_length` is kept, flagged and never found.
 
@@ -54,53 +82,23 @@ def build(
         RowError: not one row of a shard can be used.
         DiskFull: what is finished stays.
     """
-    _check_rows(rows)
-    plan = _plan(model, rows, spec)
-    with disk_full_is_named("the index"):
-        (path / "shards").mkdir(parents=True, exist_ok=True)
-        if (path / "plan.json").exists() and (path / "plan.json").read_bytes() != plan:
-            raise SpecError("the folder holds a build of other rows, model or settings", field="index")
-        write_file(path / "plan.json", plan)
-    if (path / disk.MANIFEST).exists():  # an earlier run was killed between publishing and saying so
-        yield Progress("publish", len(rows), len(rows), 0, 0)
-        return
-    known = {row.id for row in rows}
-    unseen = [row for row in heldout if row.id not in known]
-    held = yield from _heldout(model, unseen, spec)
-    shards = yield from _shards(path, model, rows, spec, 0)
-    manifest = Manifest(
-        spec=asdict(spec),
-        width=plan_for(model, spec.projection, spec.normalisation).width,
-        checkpoints=[
-            {"name": checkpoint.name, "weight": checkpoint.weight, "heldout_loss": loss}
-            for checkpoint, loss in zip(model.checkpoints, held, strict=True)
-        ],
-        fingerprint=model.fingerprint,
-        attributed=[asdict(module) for module in model.attributed],
-        skipped=[asdict(module) for module in model.skipped],
-        shards=[],
-        deleted=[],
-        stats={"heldout_rows": len(unseen), "heldout_rows_in_training": len(heldout) - len(unseen)},
-        warnings=[],
-        versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
-    )
-    publish(path, _with_shards(manifest, shards))
+    ids = [row.id for row in rows]
+    parts = plan_build(path, model, ids, spec)
+    if not (path / disk.MANIFEST).exists():  # else an earlier run was killed between publishing and saying so
+        yield from measure(path, model, ids, heldout, spec)
+        yield from _in_turn(path, model, spec, parts, lambda part: rows[part.start : part.start + part.rows])
+        publish_build(path, model, ids, spec, parts)
     yield Progress("publish", len(rows), len(rows), 0, 0)
 
 
 def append(path: Path, model: LoadedModel, rows: Sequence[Row]) -> Iterator[Progress]:
     """Add rows as new shards; rows that are there already are left out, so that a second run adds nothing twice."""
-    index = open_index(path, verify=False)
-    index.check(model)
-    there = {row for shard in index.shards for row, kept in zip(shard.ids, shard.kept, strict=True) if kept}
-    rows = [row for row in rows if row.id not in there]
-    if rows:
-        _check_rows(rows)
-        added = yield from _shards(path, model, rows, index.manifest.index_spec, len(index.manifest.shards))
-        fresh = read_manifest(path)  # a delete may have been published meanwhile
-        # A row that was deleted and comes back lives in a new shard: only its old place keeps the tombstone.
-        publish(path, _with_shards(fresh, [*fresh.shards, *added]))
-    yield Progress("publish", len(rows), len(rows), 0, 0)
+    by_id = {row.id: row for row in rows}
+    new, parts = plan_append(path, model, [row.id for row in rows])
+    spec = read_manifest(path).index_spec
+    yield from _in_turn(path, model, spec, parts, lambda part: [by_id[row] for row in part_of(new, part)])
+    publish_append(path, parts)
+    yield Progress("publish", len(new), len(new), 0, 0)
 
 
 def repair(path: Path, model: LoadedModel, row_of: Callable[[str], Row]) -> Iterator[Progress]:
@@ -109,40 +107,112 @@ def repair(path: Path, model: LoadedModel, row_of: Callable[[str], Row]) -> Iter
     Raises:
         SpecError: the list of a damaged shard's rows is damaged too; only a new index helps.
     """
-    manifest = read_manifest(path)
-    disk.check(manifest, model)
-    shards = []
-    for number, record in enumerate(manifest.shards):
-        if damaged(path, record, verify=True):
-            ids = _row_ids(path, record)
-            mended = yield from _shards(path, model, [row_of(row) for row in ids], manifest.index_spec, number)
-            record = mended[0]
-            for file, _, _ in record["files"]:
-                (path / "shards" / f"{file}.corrupt").unlink(missing_ok=True)
-        shards.append(record)
-    publish(path, _with_shards(read_manifest(path), shards))
+    parts = plan_repair(path, model)
+    spec = read_manifest(path).index_spec
+    yield from _in_turn(path, model, spec, parts, lambda part: [row_of(row) for row in row_ids(path, part)])
+    publish_repair(path, parts)
     yield Progress("publish", 0, 0, 0, 0)
 
 
-def _row_ids(path: Path, record: dict[str, Any]) -> list[str]:
-    file = path / "shards" / f"{record['name']}.json"
+def part_of(ids: Sequence[str], part: Part) -> Sequence[str]:
+    """The ids of a part's rows."""
+    return ids[part.start : part.start + part.rows]
+
+
+def plan_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec) -> list[Part]:
+    """Make the folder and divide the rows, by their ids, into shards.
+
+    Raises:
+        SpecError: no rows, the same row twice, or a folder that holds another build or an index.
+    """
+    _check_ids(ids)
+    plan = {"spec": asdict(spec), "fingerprint": model.fingerprint, "rows": _hash_ids(ids)}
+    content = json.dumps(plan, sort_keys=True).encode()
+    with disk_full_is_named("the index"):
+        (path / "shards").mkdir(parents=True, exist_ok=True)
+        if (path / "plan.json").exists() and (path / "plan.json").read_bytes() != content:
+            raise SpecError("the folder holds a build of other rows, model or settings", field="index")
+        write_file(path / "plan.json", content)
+    return _divide(len(ids), model, spec, 0)
+
+
+def plan_append(path: Path, model: LoadedModel, ids: Sequence[str]) -> tuple[list[str], list[Part]]:
+    """Those of the rows that the index does not hold, and their division into new shards.
+
+    Raises:
+        Mismatch: the model is not the index's. SpecError: the same row twice.
+    """
+    index = open_index(path, verify=False)
+    index.check(model)
+    there = {row for shard in index.shards for row, kept in zip(shard.ids, shard.kept, strict=True) if kept}
+    new = [row for row in ids if row not in there]
+    if not new:
+        return [], []
+    _check_ids(new)
+    return new, _divide(len(new), model, index.manifest.index_spec, len(index.manifest.shards))
+
+
+def plan_repair(path: Path, model: LoadedModel) -> list[Part]:
+    """The damaged shards; reads every byte of every shard."""
+    manifest = read_manifest(path)
+    disk.check(manifest, model)
+    bad = [(n, record) for n, record in enumerate(manifest.shards) if damaged(path, record, verify=True)]
+    return [Part(number, 0, record["rows"]) for number, record in bad]
+
+
+def row_ids(path: Path, part: Part) -> list[str]:
+    """The ids of a published shard's rows, from the list that lies beside it.
+
+    Raises:
+        SpecError: the list is damaged.
+    """
+    file = path / "shards" / f"{part.name}.json"
     ids: list[str] = json.loads(file.read_bytes())["row_ids"] if file.is_file() else []
-    if _hash_ids(ids) != record["ids"]:
-        raise SpecError(
-            f"shard {record['name']} cannot be repaired: the list of its rows is damaged too", field="index"
-        )
+    if _hash_ids(ids) != read_manifest(path).shards[part.number]["ids"]:
+        raise SpecError(f"shard {part.name} cannot be repaired: the list of its rows is damaged too", field="index")
     return ids
 
 
-def _heldout(model: LoadedModel, rows: Sequence[Row], spec: IndexSpec) -> Generator[Progress, None, list[float | None]]:
-    """The mean loss of each checkpoint on rows that the model was not trained on; None without such rows."""
-    if not rows:
-        return [None] * len(model.checkpoints)
-    encoder = model.encoder(spec.template, spec.max_length)
-    examples = [encoder.encode(row) for row in rows]
+def _divide(count: int, model: LoadedModel, spec: IndexSpec, first: int) -> list[Part]:
+    width = plan_for(model, spec.projection, spec.normalisation).width
+    size = min(spec.shard_rows, max(1, NUMBERS // (len(model.checkpoints) * width)))
+    starts = range(0, count, size)
+    return [Part(number, start, min(size, count - start)) for number, start in enumerate(starts, start=first)]
+
+
+def _in_turn(
+    path: Path, model: LoadedModel, spec: IndexSpec, parts: Sequence[Part], rows_of: Callable[[Part], Sequence[Row]]
+) -> Iterator[Progress]:
+    """Compute the parts one after the other, counted together."""
+    total, rows, tokens = sum(part.rows for part in parts), 0, 0
+    for part in parts:
+        step = Progress("gradients", 0, 0, 0, 0)
+        for step in compute_shard(path, model, rows_of(part), spec, part.number):
+            # The tokens of all the rows are known at the end only: the rest is taken to be like what was seen.
+            expected = (tokens + step.total_tokens) * total // (rows + part.rows)
+            yield replace(
+                step, rows=rows + step.rows, total_rows=total, tokens=tokens + step.tokens, total_tokens=expected
+            )
+        rows += part.rows
+        tokens += step.tokens
+
+
+def measure(
+    path: Path, model: LoadedModel, ids: Collection[str], heldout: Sequence[Row], spec: IndexSpec
+) -> Iterator[Progress]:
+    """Measure each checkpoint's mean loss on held-out rows, those left out that are among the trained `ids`."""
+    trained = set(ids)
+    rows = [row for row in heldout if row.id not in trained]
+    file = path / HELDOUT
+    same = {"rows": len(rows), "rows_in_training": len(heldout) - len(rows), "ids": _hash_ids([row.id for row in rows])}
+    if _heldout(path).items() >= same.items():
+        yield Progress("heldout", len(rows), len(rows), 0, 0, resumed=True)
+        return
+    examples = [model.encoder(spec.template, spec.max_length).encode(row) for row in rows]
     total, done = len(rows) * len(model.checkpoints), 0
     tokens = [len(example.ids) for example in examples]
-    means, seen = [], 0
+    means: list[float | None] = []
+    seen = 0
     for checkpoint in model.checkpoints:
         found: list[float] = []
         for batch in batches(examples, spec.token_budget):
@@ -150,54 +220,123 @@ def _heldout(model: LoadedModel, rows: Sequence[Row], spec: IndexSpec) -> Genera
             done += len(batch)
             seen += sum(tokens[i] for i in batch)
             yield Progress("heldout", done, total, seen, sum(tokens) * len(model.checkpoints))
-        means.append(float(np.mean(found)))
-    return list(means)
+        means.append(float(np.mean(found)) if found else None)
+    with disk_full_is_named("the held-out losses"):
+        write_file(file, json.dumps({**same, "losses": means}, sort_keys=True).encode())
 
 
-def _shards(
-    path: Path, model: LoadedModel, rows: Sequence[Row], spec: IndexSpec, first: int
-) -> Generator[Progress, None, list[dict[str, Any]]]:
-    """The records of the rows' shards, from number `first` on: those that are finished, and new ones."""
+def _heldout(path: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads((path / HELDOUT).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found
+
+
+def compute_shard(
+    path: Path, model: LoadedModel, rows: Sequence[Row], spec: IndexSpec, number: int
+) -> Iterator[Progress]:
+    """Compute and write one shard, unless it is there already and whole."""
     plan = plan_for(model, spec.projection, spec.normalisation)
-    encoder = model.encoder(spec.template, spec.max_length)
-    many = len(model.checkpoints)
-    shard_rows = min(spec.shard_rows, max(1, NUMBERS // (many * plan.width)))
-    records: list[dict[str, Any]] = []
-    steps = tokens = 0
-    for number, start in enumerate(range(0, len(rows), shard_rows), start=first):
-        name = f"{number:06d}"
-        part = rows[start : start + shard_rows]
-        record = _finished(path, name, part)
-        if record is None:
-            examples, unfit = _encode(encoder, part)
-            vectors = torch.zeros(len(part), many * plan.width)
-            norms = torch.zeros(len(part), many)
-            loss = torch.zeros(len(part), many)
-            fit = [i for i, example in enumerate(examples) if example is not None]
-            whole = [example for example in examples if example is not None]
-            # The tokens of all the rows are known at the end only: the rest is taken to be like what was seen.
-            expected = many * sum(len(e.ids) for e in whole) * len(rows) // len(part)
-            for at, checkpoint in enumerate(model.checkpoints):
-                for batch in batches(whole, spec.token_budget, max(1, NUMBERS // plan.width)):
-                    found = gradients(model, checkpoint, plan, [whole[i] for i in batch])
-                    places = [fit[i] for i in batch]
-                    raw = found.vectors.float().cpu()
-                    lengths = raw.norm(dim=1)
-                    raw /= lengths.clamp_min(torch.finfo(lengths.dtype).tiny).unsqueeze(1)
-                    vectors[places, at * plan.width : (at + 1) * plan.width] = raw
-                    norms[places, at] = lengths
-                    loss[places, at] = torch.stack([one.mean() for one in found.losses]).cpu()
-                    steps += len(batch)
-                    tokens += sum(len(whole[i].ids) for i in batch)
-                    yield Progress("gradients", steps // many, len(rows), tokens, max(tokens, expected))
-            record = _save(path, name, part, vectors, norms, loss, whole, unfit)
-            steps += many * len(unfit)
-        else:
-            steps += many * len(part)
-            tokens += many * record["tokens"]
-            yield Progress("gradients", steps // many, len(rows), tokens, tokens * len(rows) * many // steps)
-        records.append(record)
-    return records
+    many, name = len(model.checkpoints), f"{number:06d}"
+    record = _finished(path, name, [row.id for row in rows], verify=True)
+    if record is not None:
+        tokens = many * record["tokens"]
+        yield Progress("gradients", len(rows), len(rows), tokens, tokens, resumed=True)
+        return
+    examples, unfit = _encode(model.encoder(spec.template, spec.max_length), rows)
+    vectors = torch.zeros(len(rows), many * plan.width)
+    norms = torch.zeros(len(rows), many)
+    loss = torch.zeros(len(rows), many)
+    fit = [i for i, example in enumerate(examples) if example is not None]
+    whole = [example for example in examples if example is not None]
+    steps, tokens, total = 0, 0, many * sum(len(e.ids) for e in whole)
+    for at, checkpoint in enumerate(model.checkpoints):
+        for batch in batches(whole, spec.token_budget, max(1, NUMBERS // plan.width)):
+            found = gradients(model, checkpoint, plan, [whole[i] for i in batch])
+            places = [fit[i] for i in batch]
+            raw = found.vectors.float().cpu()
+            lengths = raw.norm(dim=1)
+            raw /= lengths.clamp_min(torch.finfo(lengths.dtype).tiny).unsqueeze(1)
+            vectors[places, at * plan.width : (at + 1) * plan.width] = raw
+            norms[places, at] = lengths
+            loss[places, at] = torch.stack([one.mean() for one in found.losses]).cpu()
+            steps += len(batch)
+            tokens += sum(len(whole[i].ids) for i in batch)
+            yield Progress("gradients", steps // many, len(rows), tokens, total)
+    _save(path, name, rows, vectors, norms, loss, whole, unfit)
+    yield Progress("gradients", len(rows), len(rows), tokens, total)
+
+
+def unfinished(path: Path, ids: Sequence[str], parts: Sequence[Part]) -> list[Part]:
+    """The parts whose shard is not on disk as it was written; reads every byte."""
+    return [part for part in parts if _finished(path, part.name, part_of(ids, part), verify=True) is None]
+
+
+def missing_parts(path: Path, parts: Sequence[Part]) -> list[Part]:
+    """The parts whose shard is not on disk in its full size: a quick look."""
+    return [part for part in parts if _finished(path, part.name, None, verify=False) is None]
+
+
+def publish_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec, parts: Sequence[Part]) -> None:
+    """Write the manifest of a build whose parts are all finished; once it is there it stays as it is.
+
+    Raises:
+        IndexCorrupt: a part is not finished.
+    """
+    if (path / disk.MANIFEST).exists():
+        return
+    held = _heldout(path)
+    if not held:
+        raise IndexCorrupt("the held-out losses were not measured: run the job again", shard=HELDOUT)
+    manifest = Manifest(
+        spec=asdict(spec),
+        width=plan_for(model, spec.projection, spec.normalisation).width,
+        checkpoints=[
+            {"name": checkpoint.name, "weight": checkpoint.weight, "heldout_loss": loss}
+            for checkpoint, loss in zip(model.checkpoints, held["losses"], strict=True)
+        ],
+        fingerprint=model.fingerprint,
+        attributed=[asdict(module) for module in model.attributed],
+        skipped=[asdict(module) for module in model.skipped],
+        shards=[],
+        deleted=[],
+        stats={"heldout_rows": held["rows"], "heldout_rows_in_training": held["rows_in_training"]},
+        warnings=[],
+        versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
+    )
+    remove_parts(path)
+    publish(path, _with_shards(manifest, [_record(path, part, part_of(ids, part)) for part in parts]))
+
+
+def publish_append(path: Path, parts: Sequence[Part]) -> None:
+    """Write the manifest with the added shards; those that are in it stay."""
+    manifest = read_manifest(path)  # a delete may have been published since the plan
+    there = {shard["name"] for shard in manifest.shards}
+    added = [_record(path, part) for part in parts if part.name not in there]
+    if added:
+        # A row that was deleted and comes back lives in a new shard: only its old place keeps the tombstone.
+        publish(path, _with_shards(manifest, [*manifest.shards, *added]))
+    remove_parts(path)
+
+
+def publish_repair(path: Path, parts: Sequence[Part]) -> None:
+    """Write the manifest with the records of the shards that were computed anew."""
+    manifest = read_manifest(path)
+    shards = list(manifest.shards)
+    for part in parts:
+        shards[part.number] = _record(path, part)
+        for file, _, _ in shards[part.number]["files"]:
+            (path / "shards" / f"{file}.corrupt").unlink(missing_ok=True)
+    publish(path, _with_shards(manifest, shards))
+    remove_parts(path)
+
+
+def _record(path: Path, part: Part, ids: Sequence[str] | None = None) -> dict[str, Any]:
+    record = _finished(path, part.name, ids, verify=False)
+    if record is None:
+        raise IndexCorrupt(f"shard {part.name} is not finished: run the job again", shard=part.name)
+    return record
 
 
 def _encode(encoder: Encoder, rows: Sequence[Row]) -> tuple[list[Example | None], list[RowError]]:
@@ -224,7 +363,7 @@ def _save(
     loss: torch.Tensor,
     examples: Sequence[Example],
     unfit: Sequence[RowError],
-) -> dict[str, Any]:
+) -> None:
     # FAISS never returns rows that are not finite and says nothing: flag them, and store zeros.
     finite = torch.isfinite(vectors).all(1) & torch.isfinite(norms).all(1) & (norms > 0).all(1)
     vectors[~finite] = 0
@@ -257,18 +396,17 @@ def _save(
             "files": [[file, len(content), hashlib.sha256(content).hexdigest()] for file, content in files.items()],
         }
         write_file(path / "shards" / f"{name}.json", json.dumps({**record, "row_ids": ids}).encode())
-    return record
 
 
-def _finished(path: Path, name: str, rows: Sequence[Row]) -> dict[str, Any] | None:
-    """The record of a shard that an earlier run finished with these very rows."""
-    file = path / "shards" / f"{name}.json"
-    if not file.exists():
+def _finished(path: Path, name: str, ids: Sequence[str] | None, verify: bool) -> dict[str, Any] | None:
+    """The record of a shard that was finished, with these very rows if `ids` are given; None if it is not whole."""
+    try:
+        record: dict[str, Any] = json.loads((path / "shards" / f"{name}.json").read_bytes())
+        del record["row_ids"]
+        same = ids is None or record["ids"] == _hash_ids(ids)
+        return record if same and not damaged(path, record, verify) else None
+    except (FileNotFoundError, ValueError, KeyError):
         return None
-    record: dict[str, Any] = json.loads(file.read_bytes())
-    del record["row_ids"]
-    same = record["ids"] == _hash_ids([row.id for row in rows])
-    return record if same and not damaged(path, record, verify=True) else None
 
 
 def _hash_ids(ids: Sequence[str]) -> str:
@@ -287,16 +425,11 @@ def batches(examples: Sequence[Example], budget: int, most: int = 2**30) -> list
     return found
 
 
-def _check_rows(rows: Sequence[Row]) -> None:
-    if not rows:
+def _check_ids(ids: Sequence[str]) -> None:
+    if not ids:
         raise SpecError("an index needs at least one row", field="dataset")
-    if len({row.id for row in rows}) != len(rows):
+    if len(set(ids)) != len(ids):
         raise SpecError("the same row appears twice; remove the duplicates", field="dataset")
-
-
-def _plan(model: LoadedModel, rows: Sequence[Row], spec: IndexSpec) -> bytes:
-    plan = {"spec": asdict(spec), "fingerprint": model.fingerprint, "rows": _hash_ids([row.id for row in rows])}
-    return json.dumps(plan, sort_keys=True).encode()
 
 
 def _with_shards(manifest: Manifest, shards: list[dict[str, Any]]) -> Manifest:

@@ -7,9 +7,12 @@ tombstones into the manifest, and both publish it by one rename.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,6 +31,7 @@ from app.influence.projection import ProjectionSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+WRITES = 5
 LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side in several files
 FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
 
@@ -314,18 +318,29 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
+def remove_parts(path: Path) -> None:
+    """Remove the half-written files that killed writers left in an index's folder."""
+    for part in (*path.glob("*.part"), *path.glob("shards/*.part")):
+        part.unlink(missing_ok=True)
+
+
 def write_file(file: Path, content: bytes) -> None:
-    """All of it or nothing: beside the name, synced, then renamed."""
-    part = file.with_name(file.name + ".part")
-    try:
-        with part.open("wb") as opened:
-            opened.write(content)
-            opened.flush()
-            os.fsync(opened.fileno())
-    except OSError:
-        part.unlink(missing_ok=True)  # give the room back
-        raise
-    part.replace(file)
+    """All of it or nothing: beside the name, synced, then renamed. Two writers at once do not meet."""
+    for _ in range(WRITES):
+        part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
+        try:
+            with part.open("wb") as opened:
+                opened.write(content)
+                opened.flush()
+                os.fsync(opened.fileno())
+        except OSError:
+            part.unlink(missing_ok=True)  # give the room back
+            raise
+        with contextlib.suppress(FileNotFoundError):  # another process swept it up as a killed writer's: once more
+            part.replace(file)
+            break
+    else:
+        raise FileNotFoundError(errno.ENOENT, "something removes what is being written", str(file))
     folder = os.open(file.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

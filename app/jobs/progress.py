@@ -1,25 +1,35 @@
 """Progress: how far a job is, how fast it goes, when it will be done."""
 
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from app.catalog.tasks import Total
+
+WINDOW_S = 60.0  # a rate is that of the last minute
+
 
 @dataclass(frozen=True)
 class Step:
-    """What a body says after each step: `done` is what people count, `work` what the time goes by (tokens, say).
+    """What a body says after each step of a task: `done` is what people count, `work` what the time goes by (tokens).
 
-    `final`: what the job was for has happened and can be seen, so that neither a cancel nor a stop undoes it.
+    `resumed`: an earlier run had done it, so that it does not count as speed.
     """
 
-    stage: str
     done: int
     total: int
-    unit: str = "rows"
     work: int | None = None
     total_work: int | None = None
-    final: bool = False
+    resumed: bool = False
+
+    def to_columns(self) -> dict[str, int]:
+        """As the task's row keeps it."""
+        work = self.done if self.work is None else self.work
+        total_work = self.total if self.total_work is None else self.total_work
+        counts = {"done": self.done, "total": self.total, "work": work, "total_work": total_work}
+        return {**counts, "resumed": self.resumed}
 
 
 @dataclass(frozen=True)
@@ -39,22 +49,24 @@ class Progress:
 
 
 class Meter:
-    """Turns steps into progress. A stage is timed from its first step here, so resumed work does not count as speed."""
+    """Turns what the tasks of a job have done together, whoever did it, into a rate of late and a time that is left."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._stage = ""
-        self._start = (0.0, 0, 0)
+        self._seen: deque[tuple[float, int, int]] = deque()
 
-    def read(self, step: Step) -> Progress:
-        """The progress after a step."""
-        work = step.done if step.work is None else step.work
-        total_work = step.total if step.total_work is None else step.total_work
-        if step.stage != self._stage:
-            self._stage, self._start = step.stage, (self._clock(), step.done, work)
-        began, done_then, work_then = self._start
-        elapsed = self._clock() - began
-        rate = (step.done - done_then) / elapsed if elapsed > 0 and step.done > done_then else None
-        pace = (work - work_then) / elapsed if elapsed > 0 and work > work_then else None
-        eta = max(total_work - work, 0) / pace if pace else None
-        return Progress(step.stage, step.done, step.total, step.unit, rate, eta)
+    def read(self, total: Total, unit: str = "rows") -> Progress:
+        """The progress now."""
+        now = self._clock()
+        if total.stage != self._stage or (self._seen and total.fresh_work < self._seen[-1][2]):  # or a task was lost
+            self._stage = total.stage
+            self._seen.clear()
+        self._seen.append((now, total.fresh_done, total.fresh_work))
+        while now - self._seen[0][0] > WINDOW_S and len(self._seen) > 2:
+            self._seen.popleft()
+        began, done, work = self._seen[0]
+        elapsed = now - began
+        rate = (total.fresh_done - done) / elapsed if elapsed > 0 and total.fresh_done > done else None
+        pace = (total.fresh_work - work) / elapsed if elapsed > 0 and total.fresh_work > work else None
+        return Progress(total.stage, total.done, total.total, unit, rate, total.work_left / pace if pace else None)

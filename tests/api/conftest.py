@@ -9,6 +9,7 @@ import pytest
 
 from app.settings import Settings
 from tests.api.harness import Api, serving
+from tests.conftest import BACKENDS, Backend, backend_for
 
 Serve = Callable[..., Api]
 
@@ -21,19 +22,21 @@ def quick(data_dir: Path, *roots: Path, **more: Any) -> Settings:
         "threads": 1,
         "events_interval_s": 0.02,
         "progress_interval_s": 0.02,
+        "task_retries": 0,
         "log_level": "ERROR",
     }
     return Settings(**(base | more), _env_file=None)
 
 
 @pytest.fixture
-def serve(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Serve]:
+def serve(tmp_path: Path, tiny_model_dir: Path, backend: Backend) -> Iterator[Serve]:
     """Start a service with settings of the test's own; a second call is a restart on the same data."""
     with ExitStack() as stack:
 
         def start(**more: Any) -> Api:
             stack.pop_all().close()
-            return stack.enter_context(serving(quick(tmp_path, tiny_model_dir.parent, **more)))
+            settings = quick(tmp_path, tiny_model_dir.parent, **(backend.settings | more))
+            return stack.enter_context(serving(settings))
 
         yield start
 
@@ -44,9 +47,15 @@ def api(serve: Serve) -> Api:
     return serve()
 
 
-@pytest.fixture(scope="session")
-def asked(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) -> Iterator[Api]:
+@pytest.fixture(scope="session", params=BACKENDS)
+def asked(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+) -> Iterator[Api]:
     """A service with the index `idx` over twelve rows, for tests that change nothing."""
-    with serving(quick(tmp_path_factory.mktemp("asked"), tiny_model_dir.parent)) as api:
+    folder = tmp_path_factory.mktemp("asked")
+    with (
+        backend_for(request, folder) as backend,
+        serving(quick(folder, tiny_model_dir.parent, **backend.settings)) as api,
+    ):
         api.ready(tiny_model_dir)
         yield api

@@ -99,14 +99,14 @@ def test_a_queued_job_is_cancelled_at_once(api: Api, tiny_model_dir: Path) -> No
 def test_a_full_disk_fails_the_job_clearly_and_it_can_be_retried(
     api: Api, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = build_index.build
+    compute = build_index.compute_shard
 
     def full(*args: Any) -> Iterator[Any]:
-        for step in build(*args):
+        for step in compute(*args):
             yield step
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(build_index, "build", full)
+    monkeypatch.setattr(build_index, "compute_shard", full)
     job_id = start(api, tiny_model_dir, 40)
     job = api.wait(job_id)
     assert job["state"] == "failed"
@@ -115,7 +115,7 @@ def test_a_full_disk_fails_the_job_clearly_and_it_can_be_retried(
     assert (index["state"], index["manifest"]) == ("failed", None)
     assert not (tmp_path / "indexes" / index["id"] / "manifest.json").exists()
 
-    monkeypatch.setattr(build_index, "build", build)
+    monkeypatch.setattr(build_index, "compute_shard", compute)
     must(api.post(f"/jobs/{job_id}/retry"), 202)
     assert api.wait(job_id)["state"] == "succeeded"
     assert must(api.get("/indexes/idx"))["rows"] == 40
@@ -198,7 +198,7 @@ def test_a_job_that_breaks_leaks_nothing(api: Api, tiny_model_dir: Path, monkeyp
         raise RuntimeError("the password is swordfish")
         yield
 
-    monkeypatch.setattr(build_index, "build", broken)
+    monkeypatch.setattr(build_index, "compute_shard", broken)
     job = api.wait(start(api, tiny_model_dir, 4))
     assert (job["state"], job["error"]["code"]) == ("failed", "internal")
     assert "swordfish" not in json.dumps(job)

@@ -4,12 +4,13 @@ import asyncio
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
+from sqlalchemy.exc import IntegrityError
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
 from app.catalog.datasets import NewSample
 from app.catalog.errors import AlreadyExists, NotFound
-from app.catalog.tables import Dataset, Job
+from app.catalog.tables import Dataset, IndexRow, Job, Model
 from app.catalog.types import JobKind, JobState, new_id
 
 pytestmark = pytest.mark.asyncio
@@ -86,10 +87,11 @@ async def test_a_job_moves_only_from_where_it_is(database: Database) -> None:
     async with database.catalog() as catalog:
         job_id = await add_job(catalog)
         assert not await catalog.jobs.finish(job_id, JobState.SUCCEEDED)
-        assert await catalog.jobs.start(job_id)
-        assert not await catalog.jobs.cancel_queued(job_id)
+        assert await catalog.jobs.start(job_id, again=True)
+        assert await catalog.tasks.take(job_id, "one", 60, 0)
+        assert not await catalog.jobs.cancel_idle(job_id)
         assert await catalog.jobs.finish(job_id, JobState.FAILED)
-        assert not await catalog.jobs.start(job_id)
+        assert not await catalog.jobs.start(job_id, again=True)
         assert not await catalog.jobs.request_cancel(job_id)
         assert await catalog.jobs.retry(job_id)
         found = await catalog.jobs.get(job_id)
@@ -102,20 +104,37 @@ async def test_of_two_who_cancel_at_once_one_wins(database: Database) -> None:
 
     async def cancel() -> bool:
         async with database.catalog() as catalog:
-            won = await catalog.jobs.cancel_queued(job_id)
+            won = await catalog.jobs.cancel_idle(job_id)
             await catalog.commit()
             return won
 
     assert sorted(await asyncio.gather(cancel(), cancel())) == [False, True]
 
 
-async def test_unfinished_jobs_are_the_queued_and_the_running_oldest_first(database: Database) -> None:
+async def test_one_unfinished_job_works_on_an_index(database: Database) -> None:
     async with database.catalog() as catalog:
-        first, second, third = [await add_job(catalog) for _ in range(3)]
-        await catalog.jobs.start(second)
-        await catalog.jobs.cancel_queued(third)
-        assert list(await catalog.jobs.unfinished()) == [first, second]
-        assert (await catalog.jobs.counts())[JobKind.BUILD_INDEX, JobState.RUNNING] == 1
+        facts = dataset("facts")
+        await catalog.datasets.add(facts, [])
+        model = Model(id=new_id("mdl"), name="m", spec={}, fingerprint={}, attributed=[], skipped=[], context_length=1)
+        index = IndexRow(id=new_id("idx"), name="i", model=model, dataset=facts, dataset_id=facts.id, spec={})
+        await catalog.indexes.add(index)
+        await catalog.commit()
+    made = []
+    for _ in range(2):
+        one = job()
+        one.index_id = index.id
+        made.append(one)
+
+    async def submit(one: Job) -> bool:
+        try:
+            async with database.catalog() as catalog:
+                await catalog.jobs.add(one)
+                await catalog.commit()
+        except IntegrityError:
+            return False
+        return True
+
+    assert sorted(await asyncio.gather(*map(submit, made))) == [False, True]
 
 
 async def test_an_idempotency_key_has_one_owner(database: Database) -> None:

@@ -16,7 +16,7 @@ def test_a_job_s_lines_carry_the_id_of_the_request_that_submitted_it(start: Star
     service.api.wait(job_id)
     service.end()
     lines = [line for line in service.log() if line.get("job_id") == job_id]
-    assert {"job started", "job ended"} <= {line["event"] for line in lines}
+    assert {"task started", "job ended"} <= {line["event"] for line in lines}
     assert {line["request_id"] for line in lines} == {"from-the-client-7"}
     requests = [line for line in service.log() if line["event"] == "request" and line["path"] == "/indexes"]
     assert [line["request_id"] for line in requests] == ["from-the-client-7"]

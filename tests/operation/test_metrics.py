@@ -42,8 +42,10 @@ def test_a_build_and_a_query_can_be_watched(asked: Api) -> None:
     assert value(found, "process_resident_memory_bytes") > 0
 
 
-def test_jobs_that_no_worker_takes_are_the_queue_s_depth(serve: Serve, tiny_model_dir: Path) -> None:
-    api = serve(embedded_worker=False)
+def test_jobs_that_no_worker_takes_are_the_queue_s_depth(
+    serve: Serve, queue_without_workers: str, tiny_model_dir: Path
+) -> None:
+    api = serve(embedded_worker=False, queue_url=queue_without_workers)
     api.register(tiny_model_dir)
     must(api.upload(jsonl(rows())), 201)
     api.build()

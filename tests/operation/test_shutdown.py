@@ -58,15 +58,17 @@ def test_sigterm_under_load_breaks_no_request_and_hands_the_job_back(start: Star
     assert {line["status"] for line in taken} <= {200, 503}
     assert sum(line["status"] == 200 for line in taken) == outcomes["answered"]
     assert took < 15
-    assert "job put back" in [line["event"] for line in service.log() if line.get("job_id") == job_id]
+    assert "task put back" in [line["event"] for line in service.log() if line.get("job_id") == job_id]
 
     again = start()
     done = again.api.wait(job_id)
     assert (done["state"], done["result"]["rows"]) == ("succeeded", 912)
 
 
-def test_a_stream_of_events_does_not_hold_the_end_up(start: Start, tiny_model_dir: Path) -> None:
-    service = start(embedded_worker="false")
+def test_a_stream_of_events_does_not_hold_the_end_up(
+    start: Start, queue_without_workers: str, tiny_model_dir: Path
+) -> None:
+    service = start(embedded_worker="false", queue_url=queue_without_workers)
     service.api.register(tiny_model_dir)
     must(service.api.upload(jsonl(rows())), 201)
     job_id = service.api.build()["job"]["id"]
