@@ -22,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -143,24 +144,24 @@ async def load(service: Service, clients: int, seconds: float, question: Callabl
     return run
 
 
-async def sustained(service: Service, clients: int, seconds: float, question: Callable[[], dict[str, Any]]) -> Run:
-    """`load` beside the submission of jobs, watched."""
-    working = asyncio.create_task(load(service, clients, seconds, question))
-    submissions, memory, failed = [], [], Counter[str]()
-    began = time.perf_counter()
-    async with httpx2.AsyncClient(base_url=service.url, timeout=120) as http:
-        for number in itertools.count():
-            await asyncio.sleep(max(0.0, began + number * SUBMIT_EVERY_S - time.perf_counter()))
-            if working.done():
-                break
-            memory.append((time.perf_counter() - began, service.memory_mb))
-            asked = time.perf_counter()
-            body = {"name": f"more-{number}", "model": "tiny", "dataset": "few"}
-            response = await http.post("/indexes", json=body)
-            submissions.append(time.perf_counter() - asked)
-            if response.status_code != 202:
-                failed[f"submission: {response.status_code}"] += 1
-    run = await working
+def sustained(service: Service, clients: int, seconds: float, question: Callable[[], dict[str, Any]]) -> Run:
+    """`load` beside the submission of jobs, watched; the submitter is a thread that no client's answer holds up."""
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(lambda: asyncio.run(load(service, clients, seconds, question)))
+        submissions, memory, failed = [], [], Counter[str]()
+        began = time.perf_counter()
+        with httpx2.Client(base_url=service.url, timeout=120) as http:
+            for number in itertools.count():
+                time.sleep(max(0.0, began + number * SUBMIT_EVERY_S - time.perf_counter()))
+                if working.done():
+                    break
+                memory.append((time.perf_counter() - began, service.memory_mb))
+                asked = time.perf_counter()
+                response = http.post("/indexes", json={"name": f"more-{number}", "model": "tiny", "dataset": "few"})
+                submissions.append(time.perf_counter() - asked)
+                if response.status_code != 202:
+                    failed[f"submission: {response.status_code}"] += 1
+        run = working.result()
     run.submissions, run.memory, run.outcomes = submissions, memory, run.outcomes + failed
     return run
 
@@ -201,7 +202,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
                 rates[name].append(run.rate)
     with serving(folder, model, world) as service:
         asyncio.run(load(service, arguments.clients, WARM_UP_S, mixed))
-        run = asyncio.run(sustained(service, arguments.clients, arguments.seconds, mixed))
+        run = sustained(service, arguments.clients, arguments.seconds, mixed)
     alone_rate, shared_rate = statistics.median(rates["alone"]), statistics.median(rates["shared"])
     return {
         "clients": arguments.clients,
