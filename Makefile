@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= cpu,dev
+EXTRAS ?= cpu,otel,dev
 BIN    := $(VENV)/bin
 AUDIT  := $(VENV)-audit
 STAMP  := $(VENV)/.set-up
@@ -12,12 +12,12 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check audit check bench faults lock clean
+.PHONY: help setup demo serve migrate stack test lint format typecheck openapi openapi-check audit check bench load faults lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  PYTHON=python3.12 make setup      another interpreter (3.11 or newer)\n'
-	@printf '  EXTRAS=gpu,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
+	@printf '  EXTRAS=gpu,otel,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
 
 setup: $(STAMP) ## make .venv with the pinned versions (once; again when pyproject.toml or constraints.txt change)
 
@@ -36,6 +36,9 @@ serve: $(STAMP) ## serve the API on HEADWATER_PORT (8000)
 
 migrate: $(STAMP) ## bring the database of HEADWATER_DATABASE_URL to the revision that this version needs
 	$(BIN)/headwater migrate $(ARGS)
+
+stack: $(STAMP) ## PostgreSQL, Redis, an API and two workers as plain processes, as docker-compose.yml has them (Ctrl-C ends all)
+	$(BIN)/headwater stack $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (ARGS='-k name' for some of them)
@@ -71,6 +74,9 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
+
+load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
+	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)
 
 faults: export OMP_NUM_THREADS = 1
 faults: $(STAMP) ## kill workers, stop servers, fill disks: print what each cost, write benchmarks/out/faults.json (ten minutes)

@@ -1,4 +1,4 @@
-"""The command line: `headwater serve | worker | migrate | demo | keys | settings | openapi`."""
+"""The command line: `headwater serve | worker | migrate | stack | demo | keys | settings | openapi`."""
 
 import asyncio
 import os
@@ -18,9 +18,11 @@ from rich.table import Table
 from rich.text import Text
 
 from app.catalog.types import Scope
-from app.demo import Demo, DemoError, require_free_port
+from app.demo import Demo
 from app.logs import masked
+from app.processes import ProcessError, require_free_port
 from app.settings import Settings
+from app.tracing import TracingError
 
 if TYPE_CHECKING:
     from app.catalog.catalog import Catalog
@@ -93,19 +95,20 @@ def serve(
 
     try:
         require_free_port(settings.host, settings.port)
-    except DemoError as error:
+    except ProcessError as error:
         _fail(str(error))
     if end_with_stdin:
         threading.Thread(target=_end_with_stdin, daemon=True).start()
-    import uvicorn
-
     if not settings.catalog_url.startswith("sqlite"):
         _on_catalog(settings, lambda database: database.check())
     from app.main import create_app  # here, since it brings torch: the other commands answer at once
+    from app.server import Server
 
-    uvicorn.run(
-        create_app(settings), host=settings.host, port=settings.port, log_config=None, timeout_graceful_shutdown=5
-    )
+    try:
+        service = create_app(settings)
+    except TracingError as error:
+        _fail(str(error))
+    Server(service, settings).run()
 
 
 @app.command()
@@ -195,11 +198,50 @@ def demo(
         Demo(data_dir=data_dir.resolve(), console=Console(highlight=False), port=port, threads=threads).run(
             stay=not leave
         )
-    except DemoError as error:
+    except ProcessError as error:
         _fail(str(error))
     except KeyboardInterrupt:
         errors.print("\nStopped; everything is kept for the next run.")
         raise typer.Exit(0 if not leave else 130) from None
+
+
+@app.command()
+def stack(
+    port: Annotated[int, typer.Option(help="Port of the API.", show_default=True)] = 8000,
+    data_dir: Annotated[Path, typer.Option(help="Where data and logs lie.")] = Path(".headwater/stack"),
+    workers: Annotated[int, typer.Option(min=1, help="Worker processes.")] = 2,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for torch in each process.")] = 1,
+) -> None:
+    """Run what docker-compose.yml runs, as plain processes: PostgreSQL, Redis, the migration, an API, workers.
+
+    `HEADWATER_DATABASE_URL` and `HEADWATER_QUEUE_URL` name servers to use. Without them, those that answer on this
+    machine's usual ports are used; where none does, real ones are started out of packages. Ctrl-C ends all of it.
+
+    **Examples**
+
+    - `headwater stack`
+
+    - `headwater stack --workers 4 --port 9000`
+    """
+    from app.stack import Stack
+
+    given = _settings()
+    external_queue = "" if given.queue_url.startswith("memory://") else given.queue_url
+    try:
+        Stack(
+            data_dir=data_dir,
+            console=Console(),
+            port=port,
+            workers=workers,
+            threads=threads,
+            database_url=given.database_url,
+            queue_url=external_queue,
+        ).run()
+    except ProcessError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        errors.print("\nStopped; data and logs are kept.")
+        raise typer.Exit(0) from None
 
 
 @keys.callback()

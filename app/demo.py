@@ -6,11 +6,6 @@ where they lie), so a second run reuses all of it, and a changed corpus never me
 
 import hashlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,14 +20,24 @@ from rich.console import Console
 from rich.markup import escape
 
 from app import smollm
+from app.processes import (
+    ROOT,
+    Process,
+    ProcessError,
+    await_ready,
+    end,
+    require_free_port,
+    start,
+    tail,
+    terminated_like_interrupted,
+)
 from app.terminal import HeatMap, Line, hits_table, job_progress, pace
 
-ROOT = Path(__file__).resolve().parents[1]
 FILES = ROOT / "demo"
 CHECKPOINTS = {"early": 1.0, "late": 1.0}
 """Adapters under demo/adapters and their weights: equal, since the run's learning rate was constant (TracIn-CP)."""
 TOP_K = 10
-START_S = 120.0
+END_S = 20.0
 ANSWER_S = 600.0
 POLL_S = 0.5
 STALE = ("index-missing", "index-corrupt", "model-mismatch")
@@ -41,7 +46,7 @@ STALE = ("index-missing", "index-corrupt", "model-mismatch")
 Json = dict[str, Any]
 
 
-class DemoError(Exception):
+class DemoError(ProcessError):
     """The demo cannot go on; the message says why and what to do."""
 
 
@@ -137,7 +142,7 @@ class Demo:
         )
 
     @contextmanager
-    def _service(self) -> Iterator["subprocess.Popen[bytes]"]:
+    def _service(self) -> Iterator[Process]:
         """The service in a process of its own, ready to answer; ended with the block, however that ends."""
         ours = {
             "HEADWATER_DATA_DIR": str(self.data_dir),
@@ -146,39 +151,16 @@ class Demo:
             "HEADWATER_THREADS": str(self.threads),
             "HEADWATER_ALLOWED_ROOTS": json.dumps([str(self.data_dir), str(self.files)]),
         }
-        # what is set for a real service must not lead the demo to its database
-        others = {name: value for name, value in os.environ.items() if not name.startswith("HEADWATER_")}
-        paths = os.pathsep.join(filter(None, (str(ROOT), others.get("PYTHONPATH"))))
-        with self.log.open("wb") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "app.cli", "serve", "--end-with-stdin"],
-                cwd=self.data_dir,  # and away from a .env file, for the same reason
-                env={**others, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(self.threads), **ours},
-                stdin=subprocess.PIPE,  # held open: it closes with us, however we end
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # Ctrl-C reaches the demo, which then ends the service in order
-            )
-        with _terminated_like_interrupted():
+        # what is set for a real service must not lead the demo to its database: `start` keeps it away
+        variables = {"OMP_NUM_THREADS": str(self.threads), **ours}
+        process = start(["serve", "--end-with-stdin"], self.log, variables)
+        with terminated_like_interrupted():
             try:
-                self._await_ready(process)
+                with self.console.status("starting the service"):
+                    await_ready(process, self.url, self.log)
                 yield process
             finally:
-                _end(process)
-
-    def _await_ready(self, process: "subprocess.Popen[bytes]") -> None:
-        end = time.monotonic() + START_S
-        with self.console.status("starting the service"), httpx2.Client(base_url=self.url, timeout=5) as client:
-            while time.monotonic() < end:
-                if process.poll() is not None:
-                    raise DemoError(f"the service did not start; its log says:\n{tail(self.log)}")
-                try:
-                    if client.get("/readyz").status_code == 200:
-                        return
-                except httpx2.TransportError:
-                    pass
-                time.sleep(0.1)
-        raise DemoError(f"the service was not ready after {START_S:.0f} s; see {self.log}")
+                end(process, END_S)
 
     def _register(self, client: "Client", model: Path) -> None:
         """The model with its checkpoints, the corpus, and rows that it was not trained on."""
@@ -365,53 +347,6 @@ def token_means(answer: Json) -> list[float]:
     return [next(means, 0.0) if token["in_span"] else 0.0 for token in answer["tokens"]]
 
 
-def require_free_port(host: str, port: int) -> None:
-    """Raise when something else listens there."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise DemoError(
-                f"cannot listen on {host}:{port} ({error.strerror}): end what runs there, an earlier demo perhaps, "
-                "or choose another port with --port"
-            ) from error
-
-
-def tail(log: Path, lines: int = 8) -> str:
-    """The last lines of a log."""
-    try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    except OSError:
-        return "(there is none)"
-
-
-def _end(process: "subprocess.Popen[bytes]") -> None:
-    """End the service in order; by force if it does not follow."""
-    process.terminate()
-    try:
-        process.wait(20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-    if process.stdin is not None:
-        process.stdin.close()
-
-
 def _short(path: Path) -> str:
     here = Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
-
-
-@contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """SIGTERM ends the demo as Ctrl-C does, so that the service never outlives it."""
-
-    def interrupt(_signal: int, _frame: object) -> NoReturn:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

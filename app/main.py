@@ -9,8 +9,9 @@ from pathlib import Path
 import structlog
 from asgi_correlation_id import CorrelationIdMiddleware
 from fastapi import FastAPI
+from opentelemetry.trace import NoOpTracerProvider
 
-from app import logs, problems
+from app import logs, problems, tracing
 from app.api import datasets, docs, documents, health, indexes, influence, jobs, models
 from app.api.gather import Gatherer
 from app.api.guard import Guard
@@ -20,6 +21,7 @@ from app.api.quotas import Quotas
 from app.api.services import Services
 from app.catalog.database import Database
 from app.jobs.compute import Compute
+from app.jobs.metrics import JobMetrics
 from app.jobs.queue import Queue
 from app.jobs.service import JobService
 from app.settings import Settings, is_loopback
@@ -33,18 +35,26 @@ ABOUT = """Which training samples led this language model to say this?
 
 Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
 Everything long is a job: `202`, a `Location`, an id. Every error is `application/problem+json` (RFC 9457)."""
+UNTRACED = ("/healthz", "/readyz", "/metrics")
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The service."""
+    """The service.
+
+    Raises:
+        TracingError: traces are configured, but the extra otel is not installed.
+    """
     settings = settings or Settings()
     metrics = Metrics()
+    tracer = tracing.provider(settings.otlp_endpoint, "headwater-api")
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with _services(settings, metrics) as services:
             app.state.services = services
             yield
+        if tracer is not None:
+            await asyncio.to_thread(tracer.shutdown)  # sends the last spans
 
     app = FastAPI(
         title="Headwater",
@@ -55,6 +65,12 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         redoc_url=None,
         generate_unique_id_function=documents.operation_id,
         separate_input_output_schemas=False,
+        telemetry={
+            "tracer_provider": tracer or NoOpTracerProvider(),
+            "metrics": False,  # Prometheus has them
+            "logs": False,  # structlog writes them
+            "exclude": lambda scope: scope.get("path") in UNTRACED,
+        },
     )
     for resource in (influence, models, datasets, indexes, jobs, health, docs):
         app.include_router(resource.router)
@@ -112,7 +128,8 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         service = JobService(database, queue, task_retries=settings.task_retries)
         await reconcile(database, service, settings.indexes_dir)
         if settings.embedded_worker:
-            await stack.enter_async_context(working(settings, database, compute, queue, service))
+            counters = JobMetrics(metrics.registry)
+            await stack.enter_async_context(working(settings, database, compute, queue, service, counters))
         await stack.enter_async_context(service.sweeping(settings.sweep_interval_s))
         quotas = Quotas(settings.queue_url, metrics)
         stack.push_async_callback(quotas.close)

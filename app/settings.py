@@ -61,6 +61,17 @@ class Settings(BaseSettings):
     metrics_open: bool = Field(False, description="Serve /metrics without a key, where keys are needed.")
     log_json: bool | None = Field(None, description="Logs as JSON lines. Unset: JSON unless stderr is a terminal.")
     log_level: str = Field("INFO", description="Least severe level that is logged.")
+    otlp_endpoint: str = Field(
+        "",
+        description="Where traces go (OTLP over HTTP, http://collector:4318; needs the extra otel). "
+        "Empty: OTEL_EXPORTER_OTLP_ENDPOINT; without either, nowhere.",
+    )
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="Port of a worker process's /metrics. 0: none (the API has its own on port)."
+    )
+    shutdown_grace_s: float = Field(
+        25.0, gt=0, description="After SIGTERM, how long requests in hand may take; what runs longer is cut off."
+    )
     allowed_roots: tuple[Path, ...] = Field(
         (),
         description="Folders that paths in requests may lie in (JSON list). Empty: data_dir and the working directory.",

@@ -7,14 +7,16 @@ from contextlib import AsyncExitStack, contextmanager
 from functools import partial
 
 import structlog
+from prometheus_client import CollectorRegistry, ProcessCollector
 from rich.console import Console
 from rich.progress import TaskID
 
-from app import logs
+from app import logs, tracing
 from app.catalog.database import Database
 from app.catalog.tables import Job
 from app.jobs.compute import Compute
 from app.jobs.hold import Watch
+from app.jobs.metrics import JobMetrics, exposed
 from app.jobs.progress import Progress
 from app.jobs.queue import Queue
 from app.jobs.service import JobService, repeating
@@ -50,8 +52,16 @@ async def _work(settings: Settings, console: Console | None) -> None:
         stack.push_async_callback(compute.close)
         queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
         jobs = JobService(database, queue, task_retries=settings.task_retries)
+        tracer = tracing.provider(settings.otlp_endpoint, "headwater-worker")
+        if tracer is not None:
+            stack.push_async_callback(asyncio.to_thread, tracer.shutdown)
+        registry = CollectorRegistry()
+        counters = JobMetrics(registry)
+        ProcessCollector(registry=registry)
+        if settings.metrics_port:
+            stack.enter_context(exposed(registry, settings.host, settings.metrics_port))
         watch = stack.enter_context(bars(console)) if console else _log_progress
-        name = await stack.enter_async_context(working(settings, database, compute, queue, jobs, watch))
+        name = await stack.enter_async_context(working(settings, database, compute, queue, jobs, counters, watch))
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
         log.info("worker ready", worker=name)

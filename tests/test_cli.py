@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.settings import Settings
 
-COMMANDS = ("serve", "worker", "migrate", "demo", "keys", "settings", "openapi")
+COMMANDS = ("serve", "worker", "migrate", "stack", "demo", "keys", "settings", "openapi")
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from app.catalog.database import Database
 from app.jobs.compute import Compute
 from app.jobs.hold import Watch
+from app.jobs.metrics import JobMetrics, counted
 from app.jobs.queue import Queue
 from app.jobs.runner import Limits, Runner
 from app.jobs.service import JobService
@@ -22,11 +23,12 @@ async def working(
     compute: Compute,
     queue: Queue,
     jobs: JobService,
+    counters: JobMetrics,
     watch: Watch = lambda _job, _progress: None,
 ) -> AsyncIterator[str]:
     """Do tasks for as long as the context lasts, then hand back what is in hand; gives the worker's name."""
     name = f"{socket.gethostname()}-{secrets.token_hex(3)}"  # a process number says little across machines
-    bodies = make_bodies(database, compute, settings.indexes_dir)
+    bodies = counted(make_bodies(database, compute, settings.indexes_dir), counters)
     limits = Limits(**{field: getattr(settings, field) for field in Limits.__dataclass_fields__})
     runner = Runner(database, bodies, jobs, limits, worker=name, watch=watch)
     async with queue.worker(runner.run, name):

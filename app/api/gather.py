@@ -87,6 +87,13 @@ class Gatherer:
             self._dispatcher = asyncio.create_task(self._dispatch(), name="gather")
         return await call.answer
 
+    def refuse_waiting(self) -> None:
+        """The process ends before it gets to the calls that wait: say so, rather than break their connections."""
+        for call in self._waiting:
+            if not call.answer.done():
+                detail = "the service is going down before it could answer; ask again"
+                call.answer.set_exception(Refusal(503, "shutting-down", detail, headers={"Retry-After": "5"}))
+
     async def close(self) -> None:
         """Let nobody wait for an answer that will not come."""
         if self._dispatcher is not None:

@@ -1,5 +1,6 @@
 """Health and metrics."""
 
+import structlog
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
@@ -7,10 +8,10 @@ from pydantic import BaseModel, Field
 from app.api.documents import problems
 from app.api.services import Use
 from app.catalog.errors import CatalogError
-from app.catalog.types import JobState
 from app.problems import Refusal
 
 router = APIRouter(tags=["health"])
+log = structlog.get_logger(__name__)
 
 
 class Health(BaseModel):
@@ -37,9 +38,13 @@ async def is_ready(services: Use) -> Health:
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def read_metrics(services: Use) -> Response:
-    """Prometheus' text format."""
-    async with services.database.catalog() as catalog:
-        counts = await catalog.jobs.counts()
-    for state in JobState:
-        services.metrics.jobs.labels(state.value).set(counts.get(state, 0))
-    return Response(generate_latest(services.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    """Prometheus' text format. It answers without the catalog too, and says so: that is when it is needed."""
+    metrics = services.metrics
+    try:
+        async with services.database.catalog() as catalog:
+            await metrics.read(catalog)
+        metrics.catalog_up.set(1)
+    except Exception:
+        log.exception("the catalog did not answer a scrape")
+        metrics.catalog_up.set(0)
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

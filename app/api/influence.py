@@ -151,6 +151,7 @@ async def _ask(
         "wait": max(answered - asked - sum(answer.timings.values()), 0.0),
         "total": time.perf_counter() - began,
     }
+    services.metrics.note_stages(timings)
     return _answer(index.id, body, generation, answer, samples, timings)
 
 

@@ -1,6 +1,7 @@
 """Jobs: look, watch, cancel, retry."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Annotated
 
@@ -49,7 +50,7 @@ async def watch_job(
     An event's id is the job's `version`; a client that comes back with `Last-Event-ID` is told only what is newer.
     """
     seen = int(last_event_id) if last_event_id and last_event_id.isdecimal() else 0
-    while True:
+    while not services.stopping.is_set():
         async with services.database.catalog() as catalog:
             job = await catalog.jobs.get(job_id)
         if job.version > seen or job.state.ended:
@@ -58,7 +59,8 @@ async def watch_job(
             yield ServerSentEvent(data=JobOut.of(job), event=name, id=str(job.version), retry=1000)
         if job.state.ended:
             return
-        await asyncio.sleep(services.settings.events_interval_s)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(services.stopping.wait(), services.settings.events_interval_s)
 
 
 @router.post("/{job}/cancel", status_code=202, responses=problems(404, 409))

@@ -4,9 +4,10 @@ An endpoint that reads takes a `Reading`. One that writes opens a `work()`: a un
 only then hands the jobs that were submitted in it to the queue.
 """
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from asgi_correlation_id import correlation_id
@@ -50,6 +51,8 @@ class Services:
     gatherer: Gatherer
     metrics: Metrics
     quotas: Quotas
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when the process is to end: what could go on for ever ends now."""
 
     @asynccontextmanager
     async def work(self) -> AsyncIterator[Work]:

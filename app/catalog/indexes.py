@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import case, delete, func, literal, or_, select, update
+from sqlalchemy import Row, case, delete, func, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import defer, joinedload
+from sqlalchemy.sql.base import ExecutableOption
 
 from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import INLINE, Dataset, IndexDataset, IndexRow, Job
+from app.catalog.tables import INLINE, Dataset, IndexDataset, IndexRow, Job, Model
 from app.catalog.types import IndexState, JobKind, JobState
 
 READY, CORRUPT = (literal(state, IndexRow.state.type) for state in (IndexState.READY, IndexState.CORRUPT))
@@ -20,17 +22,18 @@ class Indexes:
     def __init__(self, session: AsyncSession) -> None:
         self._session = session
 
-    async def get(self, ref: str) -> IndexRow:
+    async def get(self, ref: str, *options: ExecutableOption) -> IndexRow:
         """The index with that id or name."""
-        query = select(IndexRow).where(or_(IndexRow.id == ref, IndexRow.name == ref))
+        query = select(IndexRow).where(or_(IndexRow.id == ref, IndexRow.name == ref)).options(*options)
         found = (await self._session.scalars(query)).first()
         if found is None:
             raise NotFound(f"there is no index {ref!r}", field="index")
         return found
 
     async def ready(self, ref: str) -> IndexRow:
-        """The index, if it can be asked."""
-        index = await self.get(ref)
+        """The index, if it can be asked; without the lists that every query would decode and none looks at."""
+        lists = defer(IndexRow.manifest), joinedload(IndexRow.model).defer(Model.attributed).defer(Model.skipped)
+        index = await self.get(ref, *lists)
         if index.state is IndexState.CORRUPT:
             raise Damaged(f"{index.damage}: POST /indexes/{index.name}/repair", field="index")
         if index.state is not IndexState.READY:
@@ -114,6 +117,16 @@ class Indexes:
     async def ids(self) -> set[str]:
         """Ids of every index: what may lie in the folder of indexes."""
         return set((await self._session.scalars(select(IndexRow.id))).all())
+
+    async def published_versions(self) -> Sequence[Row[str, str, int, int]]:
+        """(id, name, version, rows) of every index that was published."""
+        columns = select(IndexRow.id, IndexRow.name, IndexRow.version, IndexRow.rows)
+        return (await self._session.execute(columns.where(IndexRow.version > 0))).all()
+
+    async def shard_bytes(self, index_id: str) -> int:
+        """Bytes of the index's shards, by its manifest."""
+        manifest = await self._session.scalar(select(IndexRow.manifest).where(IndexRow.id == index_id))
+        return sum(size for shard in (manifest or {}).get("shards", ()) for _, size, _ in shard["files"])
 
     async def idle(self) -> Sequence[IndexRow]:
         """Ready indexes on which no job works."""

@@ -1,6 +1,7 @@
 """The repository of jobs: each change of a state is one conditional UPDATE, so that two writers cannot both win."""
 
 from collections.abc import Sequence
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import exists, func, select, update
@@ -11,7 +12,7 @@ from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Job, Task
 from app.catalog.tasks import Tasks, clock
-from app.catalog.types import JobState, TaskState, now
+from app.catalog.types import JobKind, JobState, TaskState, now
 
 ACTIVE = (JobState.QUEUED, JobState.RUNNING)
 
@@ -45,10 +46,14 @@ class Jobs:
         query = select(Job.id).where(Job.state.in_(ACTIVE), ~exists().where(Task.job_id == Job.id))
         return (await self._session.scalars(query)).all()
 
-    async def counts(self) -> dict[JobState, int]:
-        """How many jobs there are in each state."""
-        rows = await self._session.execute(select(Job.state, func.count()).group_by(Job.state))
-        return {state: count for state, count in rows.all()}  # noqa: C416 (rows are no pairs to dict's type)
+    async def counts(self) -> dict[tuple[JobKind, JobState], int]:
+        """How many jobs there are of each kind in each state."""
+        rows = await self._session.execute(select(Job.kind, Job.state, func.count()).group_by(Job.kind, Job.state))
+        return {(kind, state): count for kind, state, count in rows.all()}
+
+    async def oldest_queued(self) -> datetime | None:
+        """When the job that has waited longest was submitted; None if none waits."""
+        return await self._session.scalar(select(func.min(Job.created_at)).where(Job.state == JobState.QUEUED))
 
     async def lock(self, job_id: str) -> bool:
         """Keep others from changing the job or its tasks until the commit; False when it has ended meanwhile."""
