@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= cpu,dev
+EXTRAS ?= cpu,ray,dev
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.set-up
 
@@ -11,12 +11,12 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check check bench lock clean
+.PHONY: help setup demo serve migrate test lint format typecheck openapi openapi-check check bench ray lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  PYTHON=python3.12 make setup      another interpreter (3.11 or newer)\n'
-	@printf '  EXTRAS=gpu,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
+	@printf '  EXTRAS=gpu,ray,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
 
 setup: $(STAMP) ## make .venv with the pinned versions (once; again when pyproject.toml or constraints.txt change)
 
@@ -66,6 +66,9 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
+
+ray: $(STAMP) ## an index on a Ray cluster of three nodes: latency by number of shards, an actor and a node killed
+	$(BIN)/python benchmarks/sharded.py --json benchmarks/out/sharded.json $(ARGS)
 
 lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new

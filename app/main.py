@@ -2,7 +2,7 @@
 
 import asyncio
 import shutil
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestLog
 from app.api.services import Services
 from app.catalog.database import Database
+from app.influence.index import Searchable, open_index
 from app.jobs.compute import Compute
 from app.jobs.queue import Queue
 from app.jobs.runner import Runner
@@ -80,7 +81,10 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             await database.check()
         await _sweep(database, settings.indexes_dir)
         compute = Compute(
-            threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
+            threads=settings.threads,
+            model_pool=settings.model_pool_size,
+            index_pool=settings.index_pool_size,
+            open_at=await asyncio.to_thread(_opener, settings),
         )
         stack.push_async_callback(compute.close)
         gatherer = Gatherer(
@@ -101,6 +105,19 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
             stack.callback(runner.stop)
             log.info("jobs taken up again", count=await service.recover())
         yield Services(settings, database, compute, service, gatherer, metrics)
+
+
+def _opener(settings: Settings) -> Callable[[Path, bool], Searchable]:
+    """How an index is opened for searches, by the setting."""
+    if settings.search_backend == "local":
+        return open_index
+    from app.influence.sharded import Cluster  # here, since it needs the extra
+
+    cluster = Cluster(
+        settings.ray_address, settings.ray_gpus_per_shard, settings.ray_patience_s, threads=settings.threads
+    )
+    cluster.connect()
+    return cluster.open
 
 
 async def _sweep(database: Database, indexes_dir: Path) -> None:
