@@ -105,7 +105,9 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cluster.connect()
         found: dict[str, Any] = {"nodes": NODES, "rows": arguments.rows, "shards": []}
         for shards in arguments.shards:
-            path = ray.get(ray.remote(build_on_cluster).remote(folder, arguments.rows, shards))
+            # half a core: the actors of the index before leave no node a whole one
+            building = ray.remote(num_cpus=0.5)(build_on_cluster)
+            path = ray.get(building.remote(folder, arguments.rows, shards))
             local, began = open_index(path), time.perf_counter()
             sharded = cluster.open(path)
             opened = time.perf_counter() - began
@@ -142,7 +144,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=800)
+    parser.add_argument("--rows", type=int, default=120)
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 3, 6])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
