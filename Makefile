@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 VENV   ?= .venv
-EXTRAS ?= cpu,otel,dev
+EXTRAS ?= cpu,otel,ray,dev
 BIN    := $(VENV)/bin
 AUDIT  := $(VENV)-audit
 STAMP  := $(VENV)/.set-up
@@ -12,12 +12,12 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate stack test lint format typecheck openapi openapi-check audit check bench load faults lock clean
+.PHONY: help setup demo serve migrate stack test lint format typecheck openapi openapi-check audit check bench load faults ray lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@printf '\n  PYTHON=python3.12 make setup      another interpreter (3.11 or newer)\n'
-	@printf '  EXTRAS=gpu,otel,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
+	@printf '  EXTRAS=gpu,otel,ray,dev VENV=.venv-gpu make setup      FAISS for a GPU, in an environment of its own\n'
 
 setup: $(STAMP) ## make .venv with the pinned versions (once; again when pyproject.toml or constraints.txt change)
 
@@ -81,6 +81,9 @@ load: $(STAMP) ## the service under load: what sharing passes gives, latencies, 
 faults: export OMP_NUM_THREADS = 1
 faults: $(STAMP) ## kill workers, stop servers, fill disks: print what each cost, write benchmarks/out/faults.json (ten minutes)
 	$(BIN)/python -m benchmarks.faults --json benchmarks/out/faults.json $(ARGS)
+
+ray: $(STAMP) ## an index on a Ray cluster of three nodes: latency by number of shards, an actor and a node killed
+	$(BIN)/python benchmarks/sharded.py --json benchmarks/out/sharded.json $(ARGS)
 
 lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new

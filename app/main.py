@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from app.api.middleware import BodyLimit, RequestLog, SecurityHeaders
 from app.api.quotas import Quotas
 from app.api.services import Services
 from app.catalog.database import Database
+from app.influence.index import Searchable, open_index
 from app.jobs.compute import Compute
 from app.jobs.metrics import JobMetrics
 from app.jobs.queue import Queue
@@ -113,7 +114,10 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         elif not is_loopback(settings.host):
             log.warning("anybody who reaches this service may use all of it: HEADWATER_AUTH is off", host=settings.host)
         compute = Compute(
-            threads=settings.threads, model_pool=settings.model_pool_size, index_pool=settings.index_pool_size
+            threads=settings.threads,
+            model_pool=settings.model_pool_size,
+            index_pool=settings.index_pool_size,
+            open_at=await asyncio.to_thread(_opener, settings),
         )
         stack.push_async_callback(compute.close)
         gatherer = Gatherer(
@@ -141,3 +145,16 @@ def _remove_half_uploads(folder: Path) -> None:
     for upload in folder.iterdir():
         if time.time() - upload.stat().st_mtime > UPLOAD_S:
             upload.unlink(missing_ok=True)
+
+
+def _opener(settings: Settings) -> Callable[[Path, bool], Searchable]:
+    """How an index is opened for searches, by the setting."""
+    if settings.search_backend == "local":
+        return open_index
+    from app.influence.sharded import Cluster  # here, since it needs the extra
+
+    cluster = Cluster(
+        settings.ray_address, settings.ray_gpus_per_shard, settings.ray_patience_s, threads=settings.threads
+    )
+    cluster.connect()
+    return cluster.open

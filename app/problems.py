@@ -2,7 +2,8 @@
 
 Refusal            raised by the HTTP layer itself: says its own status
 CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409; Unavailable, WrongSchema 503
-HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409; DiskFull 507
+HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409;
+                   ShardsMissing 503; DiskFull 507
 IntegrityError     409: somebody else was quicker
 DataError          422: a value that the database has no room for
 validation         422, one entry a field
@@ -34,6 +35,7 @@ from app.influence.errors import (
     ModelError,
     QueryError,
     RowError,
+    ShardsMissing,
     SpecError,
 )
 
@@ -89,6 +91,7 @@ KINDS: dict[type[Exception], tuple[int, str]] = {
     Mismatch: (409, "model-mismatch"),
     IndexMissing: (409, "index-missing"),
     IndexCorrupt: (409, "index-corrupt"),
+    ShardsMissing: (503, "shards-missing"),
     DiskFull: (507, "disk-full"),
 }
 

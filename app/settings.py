@@ -92,6 +92,19 @@ class Settings(BaseSettings):
     model_pool_size: int = Field(2, ge=1, description="Models kept loaded; the least recently used one makes room.")
     index_pool_size: int = Field(8, ge=1, description="Indexes kept open (mapped, so nearly free).")
 
+    search_backend: Literal["local", "ray"] = Field(
+        "local", description="Where shards are searched: mapped in this process, or held by actors of a Ray cluster."
+    )
+    ray_address: str = Field("auto", description="Head of the Ray cluster. auto: the cluster of this machine.")
+    ray_gpus_per_shard: float = Field(
+        0.0, ge=0, description="Of a GPU the actor of a shard takes (0.25: four share one). 0: it stays on the CPU."
+    )
+    ray_patience_s: float = Field(
+        60.0,
+        gt=0,
+        description="How long a query waits for shards that no node holds: 503, which names them, after that.",
+    )
+
     max_body_bytes: int = Field(256 * MEBIBYTE, ge=1, description="Largest request body, uploads included: 413 above.")
     max_rows: int = Field(500_000, ge=1, description="Most rows of one dataset: 413 above.")
     max_inline_rows: int = Field(1_000, ge=1, description="Most rows or ids written into one request: 422 above.")

@@ -41,7 +41,7 @@ def test_the_science_is_held_apart_by_a_contract() -> None:
 
 def test_every_dependency_is_pinned() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    wanted = [*PROJECT["project"]["dependencies"], *extras["cpu"], *extras["otel"], *extras["dev"]]
+    wanted = [*PROJECT["project"]["dependencies"], *extras["cpu"], *extras["otel"], *extras["ray"], *extras["dev"]]
     assert {name_of(one) for one in wanted} <= {name_of(pin) for pin in PINS}
 
 

@@ -15,7 +15,8 @@ from typing import TypeVar
 
 from app.api.metrics import Metrics
 from app.influence.corpus import Row
-from app.influence.index import Index
+from app.influence.errors import ShardsMissing
+from app.influence.index import Searchable
 from app.influence.models import LoadedModel
 from app.influence.retrieval import Answer, Options, Query, influence
 from app.jobs.compute import Compute
@@ -30,7 +31,7 @@ class Target:
     """What a call asks: calls to the same target in the same way may share a pass."""
 
     model: LoadedModel
-    index: Index
+    index: Searchable
     row_of: Callable[[str], Row]
     key: tuple[str, int]  # the index's id and version
 
@@ -126,9 +127,10 @@ class Gatherer:
                 if not call.answer.done():
                     call.answer.set_result(answer)
         except Exception as error:
-            if len(batch) == 1:
-                if not batch[0].answer.done():
-                    batch[0].answer.set_exception(error)
+            if len(batch) == 1 or isinstance(error, ShardsMissing):  # the latter is no query's fault
+                for call in batch:
+                    if not call.answer.done():
+                        call.answer.set_exception(error)
                 return
             for call in batch:
                 if not call.answer.done():

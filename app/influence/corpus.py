@@ -12,11 +12,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from transformers import PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any, Literal
 
 from app.influence.errors import QueryError, RowError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Template = Literal["auto", "chat", "alpaca", "plain"]
 

@@ -7,6 +7,7 @@
     ├── SpecError       an index asked for with impossible settings
     ├── IndexMissing    no manifest where an index should be
     ├── IndexCorrupt    a shard whose bytes are not those that were written
+    ├── ShardsMissing   shards that no machine holds at the moment
     ├── Mismatch        a model that the index was not built from
     └── DiskFull        no room left while writing
 
@@ -17,8 +18,10 @@ problem+json in one place.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 
 class HeadwaterError(Exception):
@@ -60,6 +63,18 @@ class IndexCorrupt(HeadwaterError):
     def __init__(self, detail: str, *, shard: str) -> None:
         super().__init__(detail, field="index")
         self.shard = shard
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes."""
+        return partial(IndexCorrupt, self.detail, shard=self.shard), ()
+
+
+class ShardsMissing(HeadwaterError):
+    """No machine of the cluster holds these shards at the moment: without them there is no whole answer."""
+
+    def __init__(self, shards: Sequence[str]) -> None:
+        super().__init__(f"no node holds shard {', '.join(shards)} at the moment; try again shortly", field="index")
+        self.shards = tuple(shards)
 
 
 class Mismatch(HeadwaterError):

@@ -13,10 +13,11 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import faiss
 import numpy as np
@@ -27,9 +28,11 @@ from safetensors.numpy import load_file
 
 from app.influence.corpus import Template
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
-from app.influence.models import LoadedModel
 from app.influence.projection import ProjectionSpec
 from app.influence.shape import require_shape
+
+if TYPE_CHECKING:  # a process that only searches need not wait for transformers
+    from app.influence.models import LoadedModel
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -104,17 +107,101 @@ def delete(path: Path, ids: Collection[str]) -> int:
     return len(marks)
 
 
+Normalize = Literal["none", "unit"]
+Best = tuple[NDArray[np.float32], NDArray[np.int64]]
+"""A shard's best rows for each query, [queries, k] each: scores (negated where the lowest are wanted) and places."""
+
+
 @dataclass(frozen=True)
-class Shard:
-    """One mapped shard. `codes` are views of the files: fp16 unit vectors, checkpoint beside checkpoint."""
+class Rows:
+    """A shard's rows: what a search needs to know of a shard that it does not hold."""
 
     name: str
+    ids: list[str]
+    live: NDArray[np.bool_]  # neither deleted nor flagged
+
+
+@dataclass(frozen=True)
+class Shard(Rows):
+    """One mapped shard. `codes` are views of the files: fp16 unit vectors, checkpoint beside checkpoint."""
+
     parts: list[Any]  # FAISS indexes of the columns 0 to LONGEST, LONGEST to 2 LONGEST, ...
     codes: list[NDArray[np.float16]]  # the same columns: [rows, columns]
-    ids: list[str]
     norms: NDArray[np.float32]  # [rows, checkpoints]
     kept: NDArray[np.bool_]  # not deleted
-    live: NDArray[np.bool_]  # nor flagged
+
+    def scores(
+        self, vectors: torch.Tensor, normalize: Normalize, width: int, device: torch.device | str = "cpu"
+    ) -> torch.Tensor:
+        """Exact scores [queries, rows] of every row; `vectors` as in `Index.scores`, `width` of one checkpoint."""
+        scores = torch.zeros(len(vectors), len(self.ids), device=device)
+        for part, codes in enumerate(self.codes):
+            self._scan(torch.from_numpy(codes), part * LONGEST, vectors.to(device), normalize, width, scores)
+        return scores.cpu()
+
+    def _scan(
+        self,
+        codes: torch.Tensor,
+        first: int,
+        vectors: torch.Tensor,
+        normalize: Normalize,
+        width: int,
+        scores: torch.Tensor,
+    ) -> None:
+        """Add the part of the scores that columns from `first` on give, block by block in one re-used buffer."""
+        columns = codes.shape[1]
+        block = torch.empty(max(1, min(len(codes), 2**21 // columns)), columns, device=scores.device)
+        of = torch.arange(first, first + columns) // width  # each column's checkpoint
+        query = vectors[:, first : first + columns].T.contiguous()
+        for start in range(0, len(codes), len(block)):
+            part = block[: len(codes) - start]
+            part.copy_(codes[start : start + len(part)])
+            norms = torch.from_numpy(self.norms[start : start + len(part)]).to(scores.device)
+            place = slice(start, start + len(part))
+            if normalize == "unit":
+                scores[:, place] += (part @ query).T
+            else:
+                for checkpoint in range(int(of[0]), int(of[-1]) + 1):
+                    mine = of == checkpoint
+                    scores[:, place] += ((part[:, mine] @ query[mine]) * norms[:, [checkpoint]]).T
+
+    def best(
+        self,
+        vectors: torch.Tensor,
+        k: int,
+        normalize: Normalize,
+        largest: bool,
+        allowed: NDArray[np.bool_],
+        width: int,
+        device: torch.device | str = "cpu",
+    ) -> Best:
+        """The k best rows (or all, if they are fewer) that are allowed.
+
+        Few queries by cosine are FAISS's, which ranks the stored unit vectors; the rest is the exact block scan.
+        """
+        places = np.flatnonzero(allowed)
+        k = min(k, len(places))
+        if k == 0:
+            return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
+        if normalize == "unit" and len(vectors) < FEW and len(self.parts) == 1 and str(device) == "cpu":
+            return self._search(vectors if largest else -vectors, k, places)
+        scores = self.scores(vectors, normalize, width, device)[:, torch.from_numpy(places)]
+        found, at = (scores if largest else -scores).topk(k)
+        return found.numpy(), places[at.numpy()]
+
+    def _search(self, vectors: torch.Tensor, k: int, places: NDArray[np.int64]) -> Best:
+        flat = faiss.downcast_index(self.parts[0].index)
+        params = None
+        if len(places) < len(self.ids):
+            selector = faiss.IDSelectorBatch(places)
+            params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
+        found = [flat.search(vector[None].numpy(), k, params=params) for vector in vectors]
+        return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
+
+    def stored(self, places: Sequence[int]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
+        """Unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows by their places."""
+        at = list(places)
+        return np.concatenate([part[at] for part in self.codes], axis=1), self.norms[at]
 
 
 @dataclass(frozen=True)
@@ -126,13 +213,13 @@ class Ranked:
     below: float
 
 
-class Index:
-    """An open index. Shards are immutable: concurrent searches are safe."""
+class Searchable(ABC):
+    """Ranks the rows of shards, wherever they are: in this process (`Index`) or elsewhere (`sharded.ShardedIndex`)."""
 
-    def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
-        self.path, self.manifest, self.shards = path, manifest, shards
+    def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Rows]) -> None:
+        self.path, self.manifest, self._rows = path, manifest, shards
         self.ids = [row for shard in shards for row, live in zip(shard.ids, shard.live, strict=True) if live]
-        self._places = {row: (s, at) for s in shards for at, row in enumerate(s.ids) if s.live[at]}
+        self._places = {row: (n, at) for n, s in enumerate(shards) for at, row in enumerate(s.ids) if s.live[at]}
 
     @property
     def rows(self) -> int:
@@ -143,122 +230,117 @@ class Index:
         """Raises `Mismatch` when the model is not the one that the index was built from."""
         check(self.manifest, model)
 
-    def scores(self, vectors: torch.Tensor, normalize: Literal["none", "unit"]) -> torch.Tensor:
-        """Exact scores of every live row, in the order of `ids`.
-
-        Args:
-            vectors: [queries, checkpoints * width] float32, weighted; unit per checkpoint if `normalize` is "unit".
-
-        Returns:
-            [queries, rows]
-        """
-        found = []
-        for shard in self.shards:
-            scores = torch.zeros(len(vectors), len(shard.ids))
-            for part, codes in enumerate(shard.codes):
-                self._scan(shard, torch.from_numpy(codes), part * LONGEST, vectors, normalize, scores)
-            found.append(scores[:, torch.from_numpy(shard.live)])
-        return torch.cat(found, 1)
-
-    def _scan(
-        self,
-        shard: Shard,
-        codes: torch.Tensor,
-        first: int,
-        vectors: torch.Tensor,
-        normalize: str,
-        scores: torch.Tensor,
-    ) -> None:
-        """Add the part of the scores that columns from `first` on give, block by block in one re-used buffer."""
-        columns = codes.shape[1]
-        block = torch.empty(max(1, min(len(codes), 2**21 // columns)), columns)
-        of = torch.arange(first, first + columns) // self.manifest.width  # each column's checkpoint
-        query = vectors[:, first : first + columns].T.contiguous()
-        for start in range(0, len(codes), len(block)):
-            part = block[: len(codes) - start]
-            part.copy_(codes[start : start + len(part)])
-            norms = torch.from_numpy(shard.norms[start : start + len(part)])
-            place = slice(start, start + len(part))
-            if normalize == "unit":
-                scores[:, place] += (part @ query).T
-            else:
-                for checkpoint in range(int(of[0]), int(of[-1]) + 1):
-                    mine = of == checkpoint
-                    scores[:, place] += ((part[:, mine] @ query[mine]) * norms[:, [checkpoint]]).T
-
     def top(
         self,
         vectors: torch.Tensor,
         k: int,
-        normalize: Literal["none", "unit"],
+        normalize: Normalize,
         largest: bool,
         among: Collection[str] | None = None,
     ) -> list[list[Ranked]]:
-        """The k live rows of the highest (or lowest) score for each query; `vectors` as in `scores`.
-
-        Few queries by cosine are FAISS's, which ranks the stored unit vectors; the rest is the exact block scan.
+        """The k live rows of the highest (or lowest) score for each query: the best of each shard's best.
 
         Args:
+            vectors: [queries, checkpoints * width] float32, weighted; unit per checkpoint if `normalize` is "unit".
             among: ids of the only rows that may be found; ids that the index does not have are no matter.
         """
         allowed = self._allowed(among)
         rows = sum(int(mask.sum()) for mask in allowed)
         k = min(k, rows)
-
-        def below(rank: int) -> float:
-            return 100 * (rows - 1 - rank if largest else rank) / rows
-
-        if normalize == "unit" and len(vectors) < FEW and all(len(s.parts) == 1 for s in self.shards):
-            found = [self._search(vector if largest else -vector, k, allowed) for vector in vectors]
-            sign = 1 if largest else -1
-            return [[Ranked(row, sign * score, below(at)) for at, (row, score) in enumerate(one)] for one in found]
-        of_live = np.concatenate([mask[shard.live] for shard, mask in zip(self.shards, allowed, strict=True)])
-        columns = torch.from_numpy(np.flatnonzero(of_live))
-        scores, places = self.scores(vectors, normalize)[:, columns].topk(k, largest=largest)
+        if k == 0:
+            return [[] for _ in vectors]
+        heap = faiss.ResultHeap(len(vectors), k, keep_max=True)
+        starts = np.cumsum([0, *(len(shard.ids) for shard in self._rows)])
+        for (scores, at), start in zip(self.best(vectors, k, normalize, largest, allowed), starts[:-1], strict=True):
+            heap.add_result(scores, at + start)
+        heap.finalize()
+        owners = np.searchsorted(starts, heap.I, side="right") - 1
+        sign = 1 if largest else -1
         return [
-            [Ranked(self.ids[i], s, below(at)) for at, (s, i) in enumerate(zip(*one, strict=True))]
-            for one in zip(scores.tolist(), columns[places].tolist(), strict=True)
+            [
+                Ranked(
+                    self._rows[owner].ids[place - starts[owner]],
+                    sign * score,
+                    100 * (rows - 1 - rank if largest else rank) / rows,
+                )
+                for rank, (score, place, owner) in enumerate(zip(*one, strict=True))
+            ]
+            for one in zip(heap.D.tolist(), heap.I.tolist(), owners.tolist(), strict=True)
         ]
 
     def _allowed(self, among: Collection[str] | None) -> list[NDArray[np.bool_]]:
         """For each shard [rows]: which may be found."""
         if among is None:
-            return [shard.live for shard in self.shards]
-        masks = {shard.name: np.zeros(len(shard.ids), dtype=bool) for shard in self.shards}
+            return [shard.live for shard in self._rows]
+        masks = [np.zeros(len(shard.ids), dtype=bool) for shard in self._rows]
         for row in among:
             if row in self._places:
                 shard, at = self._places[row]
-                masks[shard.name][at] = True
-        return list(masks.values())
-
-    def _search(self, vector: torch.Tensor, k: int, allowed: Sequence[NDArray[np.bool_]]) -> list[tuple[str, float]]:
-        """FAISS over each shard, merged."""
-        if k == 0:
-            return []
-        heap = faiss.ResultHeap(1, k, keep_max=True)
-        starts = np.cumsum([0, *(len(shard.ids) for shard in self.shards)])
-        query = vector.numpy()[None]
-        for shard, start, mask in zip(self.shards, starts[:-1], allowed, strict=True):
-            live = np.flatnonzero(mask)
-            if len(live) == 0:
-                continue
-            flat = faiss.downcast_index(shard.parts[0].index)
-            params = None
-            if len(live) < len(shard.ids):
-                selector = faiss.IDSelectorBatch(live)
-                params = faiss.SearchParameters(sel=selector)  # type: ignore[call-arg]  # its stubs miss it
-            found, at = flat.search(query, min(k, len(live)), params=params)
-            heap.add_result(found, at + start)
-        heap.finalize()
-        places = [(int(np.searchsorted(starts, i, side="right")) - 1, int(i)) for i in heap.I[0] if i >= 0]
-        names = [self.shards[shard].ids[at - int(starts[shard])] for shard, at in places]
-        return list(zip(names, heap.D[0].tolist(), strict=False))
+                masks[shard][at] = True
+        return masks
 
     def vectors(self, ids: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Stored unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows."""
-        found = [self._places[row] for row in ids]
-        codes = np.stack([np.concatenate([part[at] for part in s.codes]) for s, at in found]).astype(np.float32)
-        return torch.from_numpy(codes), torch.from_numpy(np.stack([s.norms[at] for s, at in found]))
+        places: dict[int, list[int]] = {}
+        for row in ids:
+            shard, at = self._places[row]
+            places.setdefault(shard, []).append(at)
+        found = {
+            (shard, at): (code, norm)
+            for shard, (codes, norms) in self.stored(places).items()
+            for at, code, norm in zip(places[shard], codes, norms, strict=True)
+        }
+        codes, norms = zip(*(found[self._places[row]] for row in ids), strict=True)
+        return torch.from_numpy(np.stack(codes).astype(np.float32)), torch.from_numpy(np.stack(norms))
+
+    @abstractmethod
+    def best(
+        self,
+        vectors: torch.Tensor,
+        k: int,
+        normalize: Normalize,
+        largest: bool,
+        allowed: Sequence[NDArray[np.bool_]],
+    ) -> Sequence[Best]:
+        """`Shard.best` of every shard."""
+
+    @abstractmethod
+    def stored(
+        self, places: Mapping[int, Sequence[int]]
+    ) -> Mapping[int, tuple[NDArray[np.float16], NDArray[np.float32]]]:
+        """`Shard.stored` of rows by their shards' numbers."""
+
+
+class Index(Searchable):
+    """An index whose shards are mapped here. Shards are immutable: concurrent searches are safe."""
+
+    def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
+        super().__init__(path, manifest, shards)
+        self.shards = shards
+
+    def scores(self, vectors: torch.Tensor, normalize: Normalize) -> torch.Tensor:
+        """Exact scores [queries, rows] of every live row, in the order of `ids`; `vectors` as in `top`."""
+        width = self.manifest.width
+        each = [s.scores(vectors, normalize, width)[:, torch.from_numpy(s.live)] for s in self.shards]
+        return torch.cat(each, 1)
+
+    def best(
+        self,
+        vectors: torch.Tensor,
+        k: int,
+        normalize: Normalize,
+        largest: bool,
+        allowed: Sequence[NDArray[np.bool_]],
+    ) -> Sequence[Best]:
+        """One shard after the other."""
+        width = self.manifest.width
+        return [s.best(vectors, k, normalize, largest, m, width) for s, m in zip(self.shards, allowed, strict=True)]
+
+    def stored(
+        self, places: Mapping[int, Sequence[int]]
+    ) -> Mapping[int, tuple[NDArray[np.float16], NDArray[np.float32]]]:
+        """From the mapped files."""
+        return {shard: self.shards[shard].stored(at) for shard, at in places.items()}
 
 
 def open_index(path: Path, verify: bool = True) -> Index:
@@ -269,27 +351,34 @@ def open_index(path: Path, verify: bool = True) -> Index:
     """
     manifest = read_manifest(path)
     deleted = set(manifest.deleted)
-    shards = []
-    for record in manifest.shards:
-        name = record["name"]
-        bad = damaged(path, record, verify)
-        if bad:
-            for file in bad:
-                if file.exists():
-                    file.replace(file.with_name(f"{file.name}.corrupt"))
-            names = ", ".join(file.name for file in bad)
-            detail = f"shard {name} is not what was written ({names}: checksum or size); it was set aside: repair it"
-            raise IndexCorrupt(detail, shard=name)
-        try:
-            shards.append(_open_shard(path, record, manifest, deleted))
-        except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, SafetensorError) as error:
-            detail = f"shard {name} has the bytes that the manifest names, and they are no shard of its index: {error}"
-            raise IndexCorrupt(detail, shard=name) from error
+    shards = [open_shard(path, record, deleted, manifest.width, verify) for record in manifest.shards]
     return Index(path, manifest, shards)
 
 
-def _open_shard(path: Path, record: dict[str, Any], manifest: Manifest, deleted: Collection[str]) -> Shard:
-    name, checkpoints = record["name"], len(manifest.checkpoints)
+def open_shard(path: Path, record: dict[str, Any], deleted: Collection[str], width: int, verify: bool) -> Shard:
+    """Map one shard of an index: its record in the manifest, the manifest's tombstones and width.
+
+    Raises:
+        IndexCorrupt: it is missing or altered; it is set aside as *.corrupt.
+    """
+    name = record["name"]
+    bad = damaged(path, record, verify)
+    if bad:
+        for file in bad:
+            if file.exists():
+                file.replace(file.with_name(f"{file.name}.corrupt"))
+        names = ", ".join(file.name for file in bad)
+        detail = f"shard {name} is not what was written ({names}: checksum or size); it was set aside: repair it"
+        raise IndexCorrupt(detail, shard=name)
+    try:
+        return _map_shard(path, record, deleted, width)
+    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, SafetensorError) as error:
+        detail = f"shard {name} has the bytes that the manifest names, and they are no shard of its index: {error}"
+        raise IndexCorrupt(detail, shard=name) from error
+
+
+def _map_shard(path: Path, record: dict[str, Any], deleted: Collection[str], width: int) -> Shard:
+    name, checkpoints = record["name"], len(record["loss"])
     parts, codes = [], []
     faiss.set_deserialization_vector_byte_limit(record["bytes"])
     for file_name, _, _ in record["files"][:-1]:
@@ -300,12 +389,12 @@ def _open_shard(path: Path, record: dict[str, Any], manifest: Manifest, deleted:
         codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
     side = load_file(path / "shards" / f"{name}.safetensors")
     ids = [f"{int(n):016x}" for n in faiss.vector_to_array(parts[0].id_map)]
-    if sum(part.shape[1] for part in codes) != manifest.width * checkpoints:
-        raise ValueError(f"its vectors are not of {manifest.width} numbers for each of {checkpoints} checkpoints")
+    if sum(part.shape[1] for part in codes) != width * checkpoints:
+        raise ValueError(f"its vectors are not of {width} numbers for each of {checkpoints} checkpoints")
     if side["norms"].shape != (len(ids), checkpoints) or side["finite"].shape != (len(ids),):
         raise ValueError("its norms are not those of its rows")
     kept = np.array([f"{name}:{at}" not in deleted for at in range(len(ids))], dtype=bool)
-    return Shard(name, parts, codes, ids, side["norms"], kept, kept & side["finite"].astype(bool))
+    return Shard(name, ids, kept & side["finite"].astype(bool), parts, codes, side["norms"], kept)
 
 
 def check(manifest: Manifest, model: LoadedModel) -> None:

@@ -19,7 +19,7 @@ from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
 from app.influence.errors import QueryError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
-from app.influence.index import Index
+from app.influence.index import Searchable
 from app.influence.models import Checkpoint, LoadedModel
 
 Route = Literal["backwards", "nudges"]
@@ -106,7 +106,7 @@ class Answer:
 
 
 def influence(
-    model: LoadedModel, index: Index, queries: Sequence[Query], options: Options, row_of: Callable[[str], Row]
+    model: LoadedModel, index: Searchable, queries: Sequence[Query], options: Options, row_of: Callable[[str], Row]
 ) -> list[Answer]:
     """Answer queries by one batched forward and backward pass a checkpoint and one scan of the index.
 
@@ -230,7 +230,7 @@ class _Tokens:
     def __init__(
         self,
         model: LoadedModel,
-        index: Index,
+        index: Searchable,
         plan: Plan,
         encoder: Encoder,
         options: Options,
@@ -337,7 +337,7 @@ def _gradients(
     return Gradients(torch.stack(vectors), losses, torch.stack(divisors))
 
 
-def _definition(index: Index, options: Options, route: Route | None) -> Definition:
+def _definition(index: Searchable, options: Options, route: Route | None) -> Definition:
     spec = index.manifest.spec
     kind = "cosine" if options.normalize == "unit" else "dot"
     inner = "<g_q, g_z> / (|g_q| |g_z|)" if options.normalize == "unit" else "<g_q, g_z>"
@@ -353,7 +353,7 @@ def _definition(index: Index, options: Options, route: Route | None) -> Definiti
     )
 
 
-def _loss_warning(index: Index, loss: float) -> list[str]:
+def _loss_warning(index: Searchable, loss: float) -> list[str]:
     train = index.manifest.checkpoints[-1]["train_loss"]
     if loss <= 2 * train:
         return []

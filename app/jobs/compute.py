@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from app.influence.index import Index, open_index
+from app.influence.index import Searchable, open_index
 from app.influence.models import LoadedModel, ModelSpec, load
 
 Key = TypeVar("Key")
@@ -57,10 +57,18 @@ async def _run(make: Callable[[], Awaitable[Value]]) -> Value:
 class Compute:
     """Runs torch work off the event loop."""
 
-    def __init__(self, *, threads: int, model_pool: int, index_pool: int) -> None:
+    def __init__(
+        self,
+        *,
+        threads: int,
+        model_pool: int,
+        index_pool: int,
+        open_at: Callable[[Path, bool], Searchable] = open_index,
+    ) -> None:
         self._thread = ThreadPoolExecutor(1, "torch", initializer=_use_threads, initargs=(threads,))
         self._models: Pool[ModelSpec, LoadedModel] = Pool(model_pool)
-        self._indexes: Pool[Path, Index] = Pool(index_pool)
+        self._indexes: Pool[Path, Searchable] = Pool(index_pool)
+        self._open_at = open_at
         self._versions: dict[Path, int] = {}
         self._stamps: dict[Path, Stamps] = {}  # of the files whose checksums were right
         self._loading = asyncio.Lock()
@@ -79,7 +87,7 @@ class Compute:
 
         return await self._models.get(spec, read, fresh=fresh)
 
-    async def index(self, path: Path, version: int, *, fresh: bool = False) -> Index:
+    async def index(self, path: Path, version: int, *, fresh: bool = False) -> Searchable:
         """The open index; the version is the catalog's and grows with each published change of the files.
 
         Checksums are verified when this process first opens it, which reads every byte, and again when a file of it
@@ -89,7 +97,7 @@ class Compute:
             IndexCorrupt: a shard is not what was written.
         """
 
-        async def reopen() -> Index:
+        async def reopen() -> Searchable:
             return await asyncio.to_thread(self._open, path)
 
         newer = version > self._versions.get(path, -1)
@@ -99,8 +107,8 @@ class Compute:
             index = await self._indexes.get(path, reopen, fresh=True)
         return index
 
-    def _open(self, path: Path) -> Index:
-        index = open_index(path, verify=not self._is_unchanged(path))
+    def _open(self, path: Path) -> Searchable:
+        index = self._open_at(path, not self._is_unchanged(path))
         names = [name for shard in index.manifest.shards for name, *_ in shard["files"]]
         self._stamps[path] = _stamps(path / "shards", names)
         return index

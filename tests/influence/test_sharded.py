@@ -1,0 +1,217 @@
+"""An index on a Ray cluster answers as the one in this process, to the last bit, whatever dies meanwhile."""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.influence.building import build
+from app.influence.corpus import parse_row
+from app.influence.errors import IndexCorrupt, ShardsMissing, SpecError
+from app.influence.index import FEW, Index, IndexSpec, delete, open_index
+from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
+from app.influence.projection import ProjectionSpec
+from app.influence.sharded import AUTH, Cluster, ShardedIndex
+from tests.api.conftest import quick
+from tests.api.harness import jsonl, must, rows, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=10, token_budget=400)
+PATIENCE_S = 60.0
+NODES = 3
+
+
+@pytest.fixture(scope="session")
+def nodes() -> Iterator[Any]:
+    """Three nodes, each with processes of its own, joined by a token."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv(AUTH, "token")
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        environment.setenv("PYTHONPATH", str(ROOT))
+        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        environment.setenv("RAY_health_check_initial_delay_ms", "1000")
+        environment.setenv("RAY_health_check_period_ms", "500")
+        environment.setenv("RAY_health_check_failure_threshold", "3")
+        import ray
+        from ray.cluster_utils import Cluster as Nodes
+
+        made = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        for _ in range(NODES - 1):
+            made.add_node(num_cpus=1)
+        made.wait_for_nodes()
+        yield made
+        ray.shutdown()
+        made.shutdown()
+
+
+@pytest.fixture(scope="session")
+def stranger(nodes: Any) -> "Iterator[subprocess.Popen[str]]":
+    """Somebody who does not know the token and tries to join; Ray gives up after many seconds."""
+    code = f"from app.influence.sharded import Cluster; Cluster({nodes.address!r}).connect()"
+    environment = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
+        yield process
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def cluster(nodes: Any, stranger: Any) -> Cluster:
+    joined = Cluster(nodes.address, patience_s=PATIENCE_S)
+    joined.connect()
+    return joined
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model_dir: Path, tiny_adapter_dir: Path) -> LoadedModel:
+    checkpoints = (Checkpoint("early", tiny_adapter_dir, weight=0.5), Checkpoint("late", tiny_adapter_dir))
+    return load(ModelSpec(tiny_model_dir, checkpoints=checkpoints))
+
+
+@pytest.fixture(scope="module")
+def path(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards, some of whose rows are deleted, all of the second's."""
+    records = [{"prompt": f"Question {i}?", "response": "word " * (i % 4 + 1) + str(i)} for i in range(30)]
+    path = tmp_path_factory.mktemp("sharded") / "index"
+    list(build(path, model, [parse_row(record) for record in records], SPEC))
+    shards = open_index(path).shards
+    delete(path, [shards[0].ids[1], shards[2].ids[5], *shards[1].ids])
+    return path
+
+
+@pytest.fixture(scope="module")
+def local(path: Path) -> Index:
+    return open_index(path)
+
+
+@pytest.fixture(scope="module")
+def sharded(path: Path, cluster: Cluster) -> ShardedIndex:
+    return cluster.open(path)
+
+
+def vectors(index: Index, queries: int = 1) -> torch.Tensor:
+    torch.manual_seed(queries)
+    return torch.randn(queries, index.manifest.width * len(index.manifest.checkpoints))
+
+
+@pytest.mark.parametrize("queries", [1, FEW - 1, FEW, 9])
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("normalize", ["none", "unit"])
+def test_results_are_those_of_the_index_in_this_process_to_the_last_bit(
+    local: Index, sharded: ShardedIndex, normalize: Any, largest: bool, queries: int
+) -> None:
+    asked = vectors(local, queries)
+    for among in (None, local.ids[3:9], []):
+        for k in (1, 7, 100):
+            assert sharded.top(asked, k, normalize, largest, among) == local.top(asked, k, normalize, largest, among)
+
+
+def test_stored_vectors_are_the_same_in_the_order_that_is_asked_for(local: Index, sharded: ShardedIndex) -> None:
+    assert sharded.ids == local.ids and sharded.rows == 18
+    ids = [local.ids[i] for i in (16, 0, 7, 17, 3, 0)]
+    for ours, theirs in zip(sharded.vectors(ids), local.vectors(ids), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_equal_scores_are_ranked_alike(local: Index, sharded: ShardedIndex) -> None:
+    nothing = torch.zeros_like(vectors(local, FEW))
+    for normalize in ("none", "unit"):
+        assert sharded.top(nothing, 9, normalize, True) == local.top(nothing, 9, normalize, True)
+        assert sharded.top(nothing[:1], 9, normalize, False) == local.top(nothing[:1], 9, normalize, False)
+
+
+def test_an_actor_that_is_killed_answers_again_and_no_query_is_lost(local: Index, sharded: ShardedIndex) -> None:
+    import ray
+
+    asked = vectors(local, 2)
+    expected = local.top(asked, 5, "unit", True)
+    answers, stop = [], threading.Event()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            answers.append(sharded.top(asked, 5, "unit", True))
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    for holder in sharded.holders[:2]:
+        process = ray.get(holder.process.remote())
+        os.kill(process, signal.SIGKILL)
+        began = time.monotonic()
+        assert ray.get(holder.process.remote()) != process
+        assert time.monotonic() - began < 20
+    many = len(answers)
+    while len(answers) < many + 3:
+        assert asking.is_alive()
+        time.sleep(0.01)
+    stop.set()
+    asking.join()
+    assert all(answer == expected for answer in answers)
+
+
+def test_a_node_that_leaves_is_replaced(nodes: Any, local: Index, sharded: ShardedIndex) -> None:
+    import ray
+
+    asked = vectors(local, FEW)
+    expected = local.top(asked, 5, "none", True)
+    assert sharded.top(asked, 5, "none", True) == expected
+    leaving = nodes.list_all_nodes()[-1]
+    nodes.remove_node(leaving, allow_graceful=False)
+    try:
+        assert sharded.top(asked, 5, "none", True) == expected
+        assert len([one for one in ray.nodes() if one["Alive"]]) == NODES - 1
+    finally:
+        nodes.add_node(num_cpus=1)
+
+
+def test_shards_that_no_node_can_hold_are_named(nodes: Any, path: Path) -> None:
+    nowhere = Cluster(nodes.address, gpus=1.0, patience_s=1.0)
+    with pytest.raises(ShardsMissing, match="shard 000000, 000001, 000002"):
+        nowhere.open(path)
+
+
+def test_a_damaged_shard_is_named_across_processes(cluster: Cluster, path: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(path, copy)
+    shard = copy / "shards" / open_index(copy).manifest.shards[1]["files"][0][0]
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(IndexCorrupt) as caught:
+        cluster.open(copy)
+    assert caught.value.shard == "000001"
+
+
+def test_a_cluster_without_tokens_is_not_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(AUTH, "disabled")
+    with pytest.raises(SpecError, match="must be token"):
+        Cluster().connect()
+
+
+def test_a_wrong_token_is_refused(stranger: "subprocess.Popen[str]") -> None:
+    _, said = stranger.communicate(timeout=100)
+    assert stranger.returncode != 0
+    assert "uthenticat" in said
+
+
+def test_the_service_answers_the_same_from_a_cluster(cluster: Cluster, tmp_path: Path, tiny_model_dir: Path) -> None:
+    ask = {"index": "idx", "prompt": "What colour?", "generation": "It is red.", "top_k": 4, "tokens": "both"}
+    with serving(quick(tmp_path, tiny_model_dir.parent)) as api:
+        api.ready(tiny_model_dir)
+        expected = must(api.post("/influence", json=ask))
+    with serving(quick(tmp_path, tiny_model_dir.parent, search_backend="ray", ray_address=cluster.address)) as api:
+        answer = must(api.post("/influence", json=ask))
+        must(api.upload(jsonl(rows(4, start=40)), name="more"), 201)
+        job = must(api.post("/indexes/idx/samples", json={"dataset": "more"}), 202)["job"]
+        assert api.wait(job["id"])["result"]["rows"] == 16
+        must(api.post("/influence", json=ask))
+    assert answer["proponents"] == expected["proponents"]
