@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= cpu,otel,ray,dev
+JOBS   ?= 2
 BIN    := $(VENV)/bin
 AUDIT  := $(VENV)-audit
 STAMP  := $(VENV)/.set-up
@@ -41,8 +42,8 @@ stack: $(STAMP) ## PostgreSQL, Redis, an API and two workers as plain processes,
 	$(BIN)/headwater stack $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP) ## run the tests (ARGS='-k name' for some of them)
-	$(BIN)/python -m pytest $(ARGS)
+test: $(STAMP) ## run the tests (ARGS='-k name' for some of them; JOBS=4 for more processes than two)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff's rules and format, and the import contracts
 	$(BIN)/ruff check .

@@ -400,7 +400,7 @@ def _on_catalog(settings: Settings, work: Callable[["Database"], Coroutine[Any, 
     from sqlalchemy.exc import OperationalError, SQLAlchemyError  # here, as in serve: the help answers at once
 
     from app.catalog.database import Database
-    from app.catalog.errors import CatalogError
+    from app.catalog.errors import CatalogError, Unavailable
 
     async def open_and_work() -> Result:
         database = Database(settings.catalog_url, **settings.database_pool)
@@ -414,6 +414,8 @@ def _on_catalog(settings: Settings, work: Callable[["Database"], Coroutine[Any, 
 
     try:
         return asyncio.run(open_and_work())
+    except Unavailable as error:
+        _fail(f"the catalog at {masked(settings.catalog_url)} cannot be used: {masked(error.detail)}")
     except CatalogError as error:
         _fail(error.detail)
     except SQLAlchemyError as error:

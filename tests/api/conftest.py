@@ -79,17 +79,11 @@ def locked(serve: Serve) -> Api:
 
 
 @pytest.fixture
-def catalog(tmp_path: Path) -> Path:
-    """The database of the fresh service."""
-    return tmp_path / "headwater.db"
-
-
-@pytest.fixture
-def mint(catalog: Path) -> Mint:
+def mint(backend: Backend) -> Mint:
     """Make a key of a tenant with the given scopes; with quotas, the tenant gets those."""
 
     async def made(tenant: str, scopes: tuple[Scope, ...], quotas: tuple[int | None, int | None] | None) -> str:
-        database = Database(f"sqlite+aiosqlite:///{catalog}")
+        database = Database(backend.database_url)
         await database.migrate()
         async with database.catalog() as found:
             _, text = await found.api_keys.create(tenant, scopes, "")

@@ -17,6 +17,7 @@ from app.main import create_app
 from app.settings import Settings, is_loopback
 from tests.api.conftest import Mint, bearer
 from tests.api.harness import Api, jsonl, must, problem, rows
+from tests.conftest import Backend
 
 OPERATIONS = [(method.upper(), path) for path, methods in create_app().openapi()["paths"].items() for method in methods]
 
@@ -90,12 +91,12 @@ def test_the_document_says_which_scope_each_operation_needs() -> None:
         assert {"401", "403"} <= operation["responses"].keys() or scope is None
 
 
-def test_a_revoked_key_is_refused_from_its_next_request_on(locked: Api, mint: Mint, catalog: Path) -> None:
+def test_a_revoked_key_is_refused_from_its_next_request_on(locked: Api, mint: Mint, backend: Backend) -> None:
     key = mint("a", Scope.READ)
     must(locked.get("/models", headers=bearer(key)))
 
     async def revoke() -> None:
-        database = Database(f"sqlite+aiosqlite:///{catalog}")
+        database = Database(backend.database_url)
         async with database.catalog() as open_catalog:
             await open_catalog.api_keys.revoke(f"key_{key.split('_')[1]}")
             await open_catalog.commit()
@@ -105,23 +106,25 @@ def test_a_revoked_key_is_refused_from_its_next_request_on(locked: Api, mint: Mi
     problem(locked.get("/models", headers=bearer(key)), 401, "unauthorized")
 
 
-def test_only_a_hash_of_the_secret_is_kept(locked: Api, mint: Mint, catalog: Path) -> None:
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
+def test_only_a_hash_of_the_secret_is_kept(locked: Api, mint: Mint, tmp_path: Path) -> None:
     secret = mint("a", Scope.READ)[-43:]
-    with sqlite3.connect(catalog) as database:
+    with sqlite3.connect(tmp_path / "headwater.db") as database:
         dump = "\n".join(database.iterdump())
     assert secret not in dump
     assert hashlib.sha256(secret.encode()).hexdigest() in dump
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_the_last_use_is_written_at_most_once_a_minute(
-    locked: Api, mint: Mint, catalog: Path, monkeypatch: pytest.MonkeyPatch
+    locked: Api, mint: Mint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     headers = bearer(mint("a", Scope.READ))
 
     def use() -> str:
         must(locked.get("/models", headers=headers))
         must(locked.get("/models", headers=headers))  # the use is noted behind the answer: the next one is after it
-        with sqlite3.connect(catalog) as database:
+        with sqlite3.connect(tmp_path / "headwater.db") as database:
             return str(database.execute("SELECT last_used_at FROM api_keys").fetchone()[0])
 
     first = use()

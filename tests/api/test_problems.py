@@ -50,7 +50,7 @@ def test_a_bad_cursor(asked: Api) -> None:
 def test_health_and_metrics(asked: Api) -> None:
     assert must(asked.get("/healthz")) == must(asked.get("/readyz")) == {"status": "ok"}
     text = asked.get("/metrics").text
-    assert 'headwater_jobs{state="succeeded"} 1.0' in text
+    assert 'headwater_jobs{kind="build_index",state="succeeded"} 1.0' in text
     assert 'route="/models"' in text
 
 

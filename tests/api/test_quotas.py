@@ -104,9 +104,9 @@ def caller(tenant: str, **quotas: int) -> Caller:
     return Caller(tenant, "key", frozenset(), quotas)  # type: ignore[arg-type]
 
 
-async def test_processes_on_one_redis_count_together() -> None:
-    tenant, url = uuid.uuid4().hex, "redis://127.0.0.1:6379/14"
-    here, there = Quotas(url, Metrics()), Quotas(url, Metrics())
+async def test_processes_on_one_redis_count_together(redis_url: str) -> None:
+    tenant = uuid.uuid4().hex
+    here, there = Quotas(redis_url, Metrics()), Quotas(redis_url, Metrics())
     await here.take("tokens", caller(tenant, tokens=10), 6)
     asking = caller(tenant, tokens=10)
     with pytest.raises(Refusal) as refused:
