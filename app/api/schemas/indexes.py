@@ -45,8 +45,8 @@ class IndexIn(Body):
     projection: ProjectionIn = Field(default_factory=ProjectionIn, description="How gradients are compressed.")
     normalisation: Literal["none", "layer"] = Field(
         "layer",
-        description="`layer`: each module's gradient is scaled to unit length (RapidIn), so that no layer drowns the others; "
-        "`none`: gradients as they are.",
+        description="`layer`: each module's gradient is scaled to unit length (RapidIn), so that no layer drowns the "
+        "others; `none`: gradients as they are.",
     )
     template: Literal["auto", "chat", "alpaca", "plain"] = Field(
         "auto", description="How rows are laid out as text; `auto` takes the tokenizer's chat template if it has one."
