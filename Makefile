@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 EXTRAS ?= cpu,otel,ray,dev
-JOBS   ?= 2
+JOBS   ?= 4
 BIN    := $(VENV)/bin
 AUDIT  := $(VENV)-audit
 STAMP  := $(VENV)/.set-up
@@ -42,7 +42,7 @@ stack: $(STAMP) ## PostgreSQL, Redis, an API and two workers as plain processes,
 	$(BIN)/headwater stack $(ARGS)
 
 test: export OMP_NUM_THREADS = 1
-test: $(STAMP) ## run the tests (ARGS='-k name' for some of them; JOBS=4 for more processes than two)
+test: $(STAMP) ## run the tests (ARGS='-k name' for some of them; JOBS=1 in one process; four fill two cores, since many wait)
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 lint: $(STAMP) ## ruff's rules and format, and the import contracts

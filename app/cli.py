@@ -406,7 +406,7 @@ def _on_catalog(settings: Settings, work: Callable[["Database"], Coroutine[Any, 
         database = Database(settings.catalog_url, **settings.database_pool)
         try:
             return await work(database)
-        except OperationalError:
+        except (OperationalError, Unavailable):
             await asyncio.sleep(0.1)  # after a connection that failed, aiosqlite's thread speaks to this loop once more
             raise
         finally:
