@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from sqlalchemy import update
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
@@ -163,9 +164,11 @@ async def test_a_worker_that_is_lost_loses_its_task_and_changes_nothing_more(dat
     body, job_id = Counting(), await submit(database)
     await runner_of(database, body).run()
     body.go.clear()
-    frozen = asyncio.create_task(runner_of(database, body, lease_s=0.05, task_timeout_s=0).run())
+    frozen = asyncio.create_task(runner_of(database, body, task_timeout_s=0).run())
     await body.at_step.wait()
-    await asyncio.sleep(0.1)
+    async with database.catalog() as catalog:  # the lease ran out
+        await catalog._session.execute(update(Task).where(Task.worker.is_not(None)).values(lease_until=0.0))
+        await catalog.commit()
     swept = await JobService(database, Queue("memory://")).sweep()
     assert (swept.lost_tasks, swept.failed_jobs) == (1, 0)
     body.go.set()
