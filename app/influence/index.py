@@ -322,7 +322,7 @@ class Index(Searchable):
         """Exact scores [queries, rows] of every live row, in the order of `ids`; `vectors` as in `top`."""
         width = self.manifest.width
         each = [s.scores(vectors, normalize, width)[:, torch.from_numpy(s.live)] for s in self.shards]
-        return torch.cat(each, 1)
+        return torch.cat([torch.zeros(len(vectors), 0), *each], 1)  # without a shard there are no rows
 
     def best(
         self,

@@ -163,6 +163,12 @@ def test_a_manifest_leads_out_of_its_folder_nowhere(built: Path, tmp_path: Path,
         assert (tmp_path / "index" / MANIFEST).exists()
 
 
+def test_a_manifest_without_shards_is_an_index_without_rows(built: Path, tmp_path: Path) -> None:
+    good = json.loads((built / MANIFEST).read_bytes())
+    opened(built, tmp_path, json.dumps(replaced(good, ("shards",), [])).encode())
+    assert open_index(tmp_path / "index").rows == 0
+
+
 def test_shards_that_are_swapped_for_each_other_are_refused(built: Path, tmp_path: Path) -> None:
     good = json.loads((built / MANIFEST).read_bytes())
     first = good["shards"][0]["files"]
