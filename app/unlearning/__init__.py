@@ -1,0 +1,1 @@
+"""Unlearning: weights from influence, objectives, the training loop, the report; no HTTP, no SQL, no queue."""

@@ -1,0 +1,334 @@
+"""The training loop: an adapter is pushed away from the forget rows and held on the retain rows, a step at a time.
+
+Every step is a function of the seed, the step's number and the weights before it: which rows, which dropout masks,
+which learning rate. So a run that was killed goes on from its last kept state to the same bytes as one that was not,
+and what is kept is plain tensors (safetensors): the adapter and AdamW's two moments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save
+from torch import nn
+
+from app.influence.corpus import Example
+from app.influence.errors import SpecError
+from app.influence.gradients import target_losses
+from app.influence.index import write_file
+from app.influence.models import LoadedModel
+from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
+
+Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "relabel", "retrain"]
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 0.1  # of all steps
+PROBE = 32  # retain rows that are measured to see what is lost
+STATE = "state.safetensors"
+NEEDS_CLEAN = ("relabel",)
+WITHOUT_RETAIN = ("ga",)
+
+
+@dataclass(frozen=True)
+class TrainingSpec:
+    """How to train; the defaults are RapidUn's (METHODS section 4).
+
+    Attributes:
+        epochs: passes over the forget rows (for retrain: over the retain rows).
+        batch: rows a step, retain and forget rows 3:1.
+        ascent, descent: RapidUn's alpha and beta: the pull of the forgotten and of the clean answer.
+        beta, gamma: of npo and simnpo.
+        temperature: of loreun's weights.
+        rank, alpha, dropout: of the adapter, where the model brings none.
+        most_rise: how far the retain rows' mean loss may rise, relative to before, until training stops.
+    """
+
+    method: Method = "rapidun"
+    lr: float = 6e-5
+    epochs: float = 2.0
+    batch: int = 8
+    ascent: float = 1.0
+    descent: float = 0.5
+    beta: float = 0.1
+    gamma: float = 0.0
+    temperature: float = 1.0
+    rank: int = 16
+    alpha: int = 16
+    dropout: float = 0.05
+    clip: float = 1.0
+    most_rise: float = 0.5
+    check_every: int = 10
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """A row to forget or to keep; `clean` is what the model should have said."""
+
+    example: Example
+    weight: float = 1.0
+    clean: Example | None = None
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step did; losses are means over its rows, in nats a token."""
+
+    number: int
+    total: int
+    forget_loss: float | None
+    retain_loss: float | None
+    stopped: str | None = None
+
+
+@dataclass
+class Unlearner:
+    """One run: a model of its own, which it changes, its rows and its folder."""
+
+    model: LoadedModel
+    spec: TrainingSpec
+    forget: Sequence[TrainingRow]
+    retain: Sequence[TrainingRow]
+    folder: Path
+    keep_every: int = 50
+
+    def __post_init__(self) -> None:
+        """Raises SpecError for rows that the method cannot work with."""
+        spec = self.spec
+        if spec.method != "retrain" and not self.forget:
+            raise SpecError("there is nothing to forget: no row was chosen", field="forget")
+        if spec.method not in WITHOUT_RETAIN and not self.retain:
+            raise SpecError(f"{spec.method} needs rows to retain", field="retain")
+        if spec.method in NEEDS_CLEAN and any(row.clean is None for row in self.forget):
+            raise SpecError(f"{spec.method} needs a clean answer for every row to forget", field="clean")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._adapter, self._weights = self._trained()
+        self.optimizer = torch.optim.AdamW(list(self._weights.values()), lr=spec.lr, weight_decay=0.0)
+        rng = random.Random(spec.seed)  # noqa: S311 (no secret)
+        self._probe = [row.example for row in rng.sample(self.retain, min(PROBE, len(self.retain)))]
+
+    @property
+    def per_step(self) -> tuple[int, int]:
+        """(forget, retain) rows of a step."""
+        if self.spec.method == "retrain":
+            return 0, self.spec.batch
+        if self.spec.method in WITHOUT_RETAIN:
+            return self.spec.batch, 0
+        return max(1, self.spec.batch // 4), self.spec.batch - max(1, self.spec.batch // 4)
+
+    @property
+    def total(self) -> int:
+        """Steps in all."""
+        forget, retain = self.per_step
+        rows, each = (len(self.forget), forget) if forget else (len(self.retain), retain)
+        return max(1, math.ceil(self.spec.epochs * rows / each))
+
+    def run(self) -> Iterator[Step]:
+        """Train, a step at a time; from the last kept state if there is one.
+
+        It ends early where the retain rows' loss rises past the bound or a loss is not finite: the adapter is then the
+        last one that was good, and the last step says why.
+        """
+        for weight in self._weights.values():
+            weight.requires_grad_(True)
+        before = self.mean_loss(self._probe) if self._probe else 1.0
+        known = self._known()
+        done = self._restore()
+        good = self._copy()
+        for number in range(done + 1, self.total + 1):
+            step = self._step(number, known)
+            stopped = None
+            if step is None:
+                stopped = "the loss was no longer finite"
+            elif number % self.spec.check_every == 0 or number == self.total:
+                risen = self.mean_loss(self._probe) / before - 1 if self._probe else 0.0
+                if not risen <= self.spec.most_rise:
+                    stopped = (
+                        f"the retain rows' loss rose by {risen:.0%}, more than the {self.spec.most_rise:.0%} allowed"
+                    )
+                else:
+                    good = self._copy()
+            if stopped is not None:
+                self._put(good)
+                yield Step(number, self.total, None, None, stopped)
+                return
+            if number % self.keep_every == 0:
+                self._keep(number)
+            assert step is not None
+            yield step
+
+    def save(self, folder: Path) -> None:
+        """Write the adapter as a PEFT folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        peft: Any = self.model.model
+        state = {
+            name: weight.detach().cpu().contiguous()
+            for name, weight in get_peft_model_state_dict(peft, adapter_name=self._adapter).items()
+        }
+        config = peft.peft_config[self._adapter].to_dict()
+        config |= {"base_model_name_or_path": "", "inference_mode": True}
+        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+        write_file(folder / "adapter_model.safetensors", save(state, {"format": "pt"}))
+        write_file(folder / "adapter_config.json", json.dumps(plain, indent=1, default=str).encode())
+
+    def _trained(self) -> tuple[str, dict[str, nn.Parameter]]:
+        """The adapter that is trained and its weights: the model's last one, or a fresh one."""
+        last = self.model.checkpoints[-1]
+        self.model.activate(last)
+        name = self.model.adapters.get(last.name)
+        if name is None:
+            torch.manual_seed(self.spec.seed)
+            config = LoraConfig(
+                r=self.spec.rank,
+                lora_alpha=self.spec.alpha,
+                lora_dropout=self.spec.dropout,
+                target_modules=TARGETS,
+                task_type="CAUSAL_LM",
+            )
+            name = "default"
+            try:
+                peft: Any = get_peft_model(self.model.model, config)
+            except ValueError as error:
+                raise SpecError(f"no adapter fits this model: {error}", field="model") from error
+            self.model.model = self.model.models[last.name] = peft
+        weights = {
+            key: weight for key, weight in self.model.model.named_parameters() if f".{name}." in key and "lora_" in key
+        }
+        return name, weights
+
+    def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[forget rows] twice: the losses before unlearning, and loreun's weights from them."""
+        if not self.forget:
+            return torch.ones(0), torch.ones(0)
+        self.model.model.eval()
+        with torch.no_grad():
+            before = torch.stack([target_losses(self.model, [row.example])[0].mean() for row in self.forget])
+        return before, loss_weights(before, self.spec.temperature)
+
+    def _step(self, number: int, known: tuple[torch.Tensor, torch.Tensor]) -> Step | None:
+        """One step; None where a loss is not finite, and then nothing is changed."""
+        chosen, kept = (
+            self._rows(len(rows), each, number, salt)
+            for rows, each, salt in zip((self.forget, self.retain), self.per_step, ("forget", "retain"), strict=True)
+        )
+        torch.manual_seed(self.spec.seed * 1_000_003 + number)  # the dropout masks of this step
+        self.model.model.train()
+        parts, forget, retain = [], None, None
+        if chosen:
+            rows = [self.forget[at] for at in chosen]
+            each = self._losses([row.example for row in rows])
+            forget = float(each.detach().mean())
+            parts.append(self._forget_terms(rows, each, chosen, known))
+        if kept:
+            rows = [self.retain[at] for at in kept]
+            each = self._losses([row.example for row in rows])
+            retain = float(each.detach().mean())
+            parts.append(each * self._row_weights(rows))
+        loss = torch.cat(parts).mean()
+        self.model.model.eval()
+        if not torch.isfinite(loss):
+            return None
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss, inputs=list(self._weights.values()))
+        nn.utils.clip_grad_norm_(self._weights.values(), self.spec.clip)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr(number)
+        self.optimizer.step()
+        return Step(number, self.total, forget, retain)
+
+    def _forget_terms(
+        self,
+        rows: Sequence[TrainingRow],
+        each: torch.Tensor,
+        chosen: Sequence[int],
+        known: tuple[torch.Tensor, torch.Tensor],
+    ) -> torch.Tensor:
+        spec = self.spec
+        clean = None
+        if spec.method in ("rapidun", "relabel") and all(row.clean is not None for row in rows):
+            clean = self._losses([row.clean for row in rows if row.clean is not None])
+        if spec.method == "relabel":
+            assert clean is not None
+            return clean
+        if spec.method == "rapidun":
+            return self._row_weights(rows) * weighted_ascent(clean, each, spec.descent, spec.ascent)
+        if spec.method == "npo":
+            tokens = torch.tensor([float(len(row.example.positions)) for row in rows], device=each.device)
+            return npo(each, known[0][list(chosen)], tokens, spec.beta)
+        if spec.method == "simnpo":
+            return simnpo(each, spec.beta, spec.gamma)
+        if spec.method == "loreun":
+            return -each * known[1][list(chosen)]
+        return -each  # ga, graddiff
+
+    def _losses(self, examples: Sequence[Example]) -> torch.Tensor:
+        return torch.stack([each.mean() for each in target_losses(self.model, examples)])
+
+    def _row_weights(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
+        return torch.tensor([row.weight for row in rows], device=self.model.spec.device)
+
+    def _rows(self, rows: int, each: int, number: int, salt: str) -> list[int]:
+        """Places of the step's rows: pass after pass, each in an order of its own."""
+        found = []
+        for place in range((number - 1) * each, number * each):
+            epoch, at = divmod(place, rows)
+            order = list(range(rows))
+            random.Random(f"{self.spec.seed} {salt} {epoch}").shuffle(order)  # noqa: S311 (no secret)
+            found.append(order[at])
+        return found
+
+    def _lr(self, number: int) -> float:
+        """Linear warm-up, then a linear decay to 0."""
+        warm = max(1, round(WARM_UP * self.total))
+        share = number / warm if number <= warm else (self.total - number + 1) / (self.total - warm + 1)
+        return self.spec.lr * share
+
+    def mean_loss(self, examples: Sequence[Example]) -> float:
+        """The mean over rows of their losses, by the adapter as it is now."""
+        self.model.model.eval()
+        with torch.no_grad():
+            each = [float(target_losses(self.model, [example])[0].mean()) for example in examples]
+        return sum(each) / len(each)
+
+    def _copy(self) -> dict[str, torch.Tensor]:
+        return {name: weight.detach().clone() for name, weight in self._weights.items()}
+
+    def _put(self, weights: dict[str, torch.Tensor]) -> None:
+        with torch.no_grad():
+            for name, weight in self._weights.items():
+                weight.copy_(weights[name])
+
+    def _keep(self, number: int) -> None:
+        state = {f"weight.{name}": weight for name, weight in self._copy().items()}
+        for name, weight in self._weights.items():
+            moments = self.optimizer.state[weight]
+            state[f"first.{name}"], state[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        write_file(self.folder / STATE, save(plain, {"step": str(number), "spec": json.dumps(asdict(self.spec))}))
+
+    def _restore(self) -> int:
+        """Put the last kept state back; the step it was kept after, 0 without one."""
+        file = self.folder / STATE
+        if not file.is_file():
+            return 0
+        with safe_open(file, "pt") as opened:
+            told = opened.metadata()
+        if json.loads(told["spec"]) != asdict(self.spec):
+            raise SpecError("the folder holds a run with other settings", field="spec")
+        state, number = load_file(file), int(told["step"])
+        self._put({name: state[f"weight.{name}"] for name in self._weights})
+        for name, weight in self._weights.items():
+            self.optimizer.state[weight] = {
+                "step": torch.tensor(float(number)),
+                "exp_avg": state[f"first.{name}"].to(weight.device),
+                "exp_avg_sq": state[f"second.{name}"].to(weight.device),
+            }
+        return number
