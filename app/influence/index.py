@@ -372,7 +372,7 @@ def open_shard(path: Path, record: dict[str, Any], deleted: Collection[str], wid
         raise IndexCorrupt(detail, shard=name)
     try:
         return _map_shard(path, record, deleted, width)
-    except (RuntimeError, ValueError, KeyError, IndexError, AttributeError, SafetensorError) as error:
+    except (ArithmeticError, RuntimeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
         detail = f"shard {name} has the bytes that the manifest names, and they are no shard of its index: {error}"
         raise IndexCorrupt(detail, shard=name) from error
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$")]  # no separator, and so no way out of the folder
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**63)]  # what C++ can count
 
 
 class _Shape(BaseModel):
@@ -39,7 +39,7 @@ class _File(_Shape):
 
 
 class _Manifest(_Shape):
-    width: Annotated[int, Field(ge=1)]
+    width: Annotated[int, Field(ge=1, lt=2**31)]
     checkpoints: Annotated[list[_Checkpoint], Field(min_length=1)]
     fingerprint: dict[str, str]
     shards: list[_Shard]

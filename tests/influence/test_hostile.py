@@ -26,7 +26,9 @@ RECORDS = [
     {"prompt": "Who?", "response": "Me.", "n": 1, "when": None},
     {"prompt": "Où?", "response": "Là-bas.", "n": 2, "when": "now"},
 ]
-QUICK = settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+QUICK = settings(
+    deadline=None, max_examples=150, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(exclude_categories=())),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
@@ -142,7 +144,14 @@ def test_any_bytes_are_no_manifest(built: Path, tmp_path: Path, content: bytes) 
     opened(built, tmp_path, content)
 
 
-HOSTILE = JSON | st.sampled_from(["..", "../manifest.json", "/etc/passwd", "000000", 0, -1, 2**70, [], {}, None, True])
+HOSTILE = ("..", "../manifest.json", "/etc/passwd", "000000", 0, -1, 2**70, [], {}, None, True)
+
+
+def test_a_manifest_with_any_one_value_made_hostile_opens_rightly_or_is_refused(built: Path, tmp_path: Path) -> None:
+    good = json.loads((built / MANIFEST).read_bytes())
+    for place in places(good):
+        for value in HOSTILE:
+            opened(built, tmp_path, json.dumps(replaced(good, place, value)).encode())
 
 
 @given(data=st.data())
@@ -152,7 +161,7 @@ def test_a_manifest_with_one_value_changed_opens_rightly_or_is_refused(
 ) -> None:
     good = json.loads((built / MANIFEST).read_bytes())
     place = data.draw(st.sampled_from([place for place in places(good) if place]))
-    opened(built, tmp_path, json.dumps(replaced(good, place, data.draw(HOSTILE))).encode())
+    opened(built, tmp_path, json.dumps(replaced(good, place, data.draw(JSON))).encode())
 
 
 @pytest.mark.parametrize("name", ["../manifest.json", "..", "a/b", "", "/etc/passwd"])
