@@ -63,6 +63,12 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+Threads = Annotated[
+    int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
+]
+LogLevel = Annotated[str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))]
+
+
 @app.command()
 def serve(
     host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default=_default("host"))] = None,
@@ -71,12 +77,8 @@ def serve(
         Path | None,
         typer.Option(help="Where the database, indexes and uploads live.", show_default=_default("data_dir")),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))
-    ] = None,
+    threads: Threads = None,
+    log_level: LogLevel = None,
     end_with_stdin: Annotated[bool, typer.Option("--end-with-stdin", hidden=True)] = False,
 ) -> None:
     """Serve the API, with a worker in the same process.
@@ -145,12 +147,8 @@ def worker(
         Path | None,
         typer.Option(help="The folder that it shares with the API.", show_default=_default("data_dir")),
     ] = None,
-    threads: Annotated[
-        int | None, typer.Option(help="Threads for torch; 0: torch decides.", show_default=_default("threads"))
-    ] = None,
-    log_level: Annotated[
-        str | None, typer.Option(help="Least severe level to log.", show_default=_default("log_level"))
-    ] = None,
+    threads: Threads = None,
+    log_level: LogLevel = None,
 ) -> None:
     """Do the tasks of jobs, one at a time; any number of workers may run, on any number of machines.
 

@@ -16,6 +16,7 @@ from app.catalog.catalog import Catalog
 from app.catalog.database import Database
 from app.catalog.errors import Unavailable
 from app.catalog.tables import Job, Task
+from app.jobs.background import background
 from app.jobs.progress import Meter, Progress, Step
 
 log = structlog.get_logger(__name__)
@@ -57,13 +58,8 @@ class Hold:
     @asynccontextmanager
     async def kept(self) -> AsyncIterator[None]:
         """Renew the lease for as long as the context lasts."""
-        renewing = asyncio.create_task(self._renew(), name="lease")
-        try:
+        async with background(self._renew(), "lease"):
             yield
-        finally:
-            renewing.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await renewing
 
     async def moved(self, step: Step | None = None) -> None:
         """The task made a step: write it, if the last one was written long enough ago.

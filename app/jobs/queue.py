@@ -6,7 +6,6 @@ taken: announcing it twice is harmless, and one that was lost with its worker do
 """
 
 import asyncio
-import contextlib
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -14,6 +13,8 @@ from datetime import timedelta
 from typing import Self
 
 from docket import Docket, Worker
+
+from app.jobs.background import background
 
 TASK = "run_task"
 MEMORY = "memory://"
@@ -62,18 +63,15 @@ class Queue:
     async def worker(self, run: Callable[[], Awaitable[None]], name: str | None = None) -> AsyncIterator[None]:
         """Do tasks, one at a time, inside this event loop for as long as the context lasts."""
         self._run = run
-        async with Worker(
-            self._docket,
-            name=name,
-            concurrency=1,
-            redelivery_timeout=self._lease,
-            reconnection_delay=RECONNECT,
-            minimum_check_interval=CHECK,
-        ) as worker:
-            task = asyncio.create_task(worker.run_forever(), name="worker")
-            try:
-                yield
-            finally:
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        async with (
+            Worker(
+                self._docket,
+                name=name,
+                concurrency=1,
+                redelivery_timeout=self._lease,
+                reconnection_delay=RECONNECT,
+                minimum_check_interval=CHECK,
+            ) as worker,
+            background(worker.run_forever(), "worker"),
+        ):
+            yield

@@ -5,7 +5,6 @@ take. Whatever is lost on the way (a queue that is away, a worker that died) the
 """
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from app.catalog.errors import Conflict
 from app.catalog.tables import Job
 from app.catalog.tasks import Lost
 from app.catalog.types import JobState
+from app.jobs.background import background
 from app.jobs.queue import Queue
 
 log = structlog.get_logger(__name__)
@@ -46,13 +46,8 @@ async def repeating(work: Callable[[], Awaitable[object]], interval_s: float) ->
             except Exception as error:
                 log.warning("housekeeping did not get through", error=repr(error))
 
-    task = asyncio.create_task(forever(), name="housekeeping")
-    try:
+    async with background(forever(), "housekeeping"):
         yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await task
 
 
 class JobService:
