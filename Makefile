@@ -43,7 +43,7 @@ stack: $(STAMP) ## PostgreSQL, Redis, an API and two workers as plain processes,
 
 test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (ARGS='-k name' for some of them; JOBS=1 in one process; four fill two cores, since many wait)
-	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: $(STAMP) ## ruff's rules and format, and the import contracts
 	$(BIN)/ruff check .

@@ -124,7 +124,7 @@ async def test_with_redis_away_requests_go_through_uncounted_and_a_metric_says_s
     began = time.monotonic()
     for _ in range(3):
         await quotas.take("requests", asking)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     assert asking.standings == {}
     assert metrics.registry.get_sample_value("headwater_quota_unchecked_total") == 3
     await quotas.close()

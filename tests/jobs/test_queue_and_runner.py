@@ -130,7 +130,7 @@ async def test_no_more_tasks_of_a_job_run_at_once_than_are_allowed(database: Dat
     await runner_of(database, body).run()  # the plan
     body.go.clear()
     running = [asyncio.create_task(runner_of(database, body, job_concurrency=2).run()) for _ in range(PARTS)]
-    done, _ = await asyncio.wait(running, timeout=1)
+    done, _ = await asyncio.wait(running, timeout=30, return_when=asyncio.FIRST_COMPLETED)
     assert len(done) == 1, "the third found nothing that it might take"
     body.go.set()
     await asyncio.gather(*running)

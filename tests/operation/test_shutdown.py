@@ -81,7 +81,7 @@ def test_a_stream_of_events_does_not_hold_the_end_up(
             for _ in lines:
                 pass
         service.process.wait(60)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 def test_calls_that_cannot_be_answered_in_time_are_told_so(start: Start, tiny_model_dir: Path) -> None:
