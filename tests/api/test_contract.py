@@ -11,10 +11,9 @@ from app.catalog.types import Scope
 from tests.api.conftest import Mint, quick
 from tests.api.harness import Api, jsonl, must, rows, serving
 
-pytestmark = pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 LIMIT_S = 240  # on a machine that does much else besides; 30 s on one that does not
-pytestmark = pytest.mark.timeout(2 * LIMIT_S)
+pytestmark = [pytest.mark.parametrize("backend", ["sqlite"], indirect=True), pytest.mark.timeout(2 * LIMIT_S)]
 
 
 @pytest.fixture
