@@ -80,10 +80,10 @@ class Indexes:
             .outerjoin(held, or_(held.id == heldout, held.name == heldout))
             .options(defer(Model.attributed), defer(Model.skipped))
         )
-        row: tuple[Model | None, Dataset | None, Dataset | None, bool] = (
-            await self._session.execute(query)
-        ).tuples().first() or (None, None, None, False)
-        found, rows, kept, taken = row
+        found: Model | None
+        rows: Dataset | None
+        kept: Dataset | None
+        found, rows, kept, taken = (await self._session.execute(query)).first() or (None, None, None, False)
         if found is None:
             raise NotFound(f"there is no model {model!r}", field="model")
         if rows is None:
