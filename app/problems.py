@@ -3,7 +3,7 @@
 Refusal            raised by the HTTP layer itself: says its own status
 CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409; Unavailable, WrongSchema 503
 HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409;
-                   ShardsMissing 503; DiskFull 507
+                   Shards-, BuildersMissing 503; DiskFull 507
 IntegrityError     409: somebody else was quicker
 DataError          422: a value that the database has no room for
 validation         422, one entry a field
@@ -27,6 +27,7 @@ from starlette.routing import Match
 
 from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, NotFound, Unavailable, WrongSchema
 from app.influence.errors import (
+    BuildersMissing,
     DiskFull,
     HeadwaterError,
     IndexCorrupt,
@@ -92,6 +93,7 @@ KINDS: dict[type[Exception], tuple[int, str]] = {
     IndexMissing: (409, "index-missing"),
     IndexCorrupt: (409, "index-corrupt"),
     ShardsMissing: (503, "shards-missing"),
+    BuildersMissing: (503, "builders-missing"),
     DiskFull: (507, "disk-full"),
 }
 

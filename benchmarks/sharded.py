@@ -1,9 +1,10 @@
-"""An index on a Ray cluster beside the same index in this process: latency by number of shards, and what a death costs.
+"""An index on a Ray cluster beside the same index in this process: building by number of actors, searching by shards.
 
     python benchmarks/sharded.py                   # a cluster of three nodes on this machine, two minutes
 
-The index is built by a task of the cluster, over a tiny model. Every answer is compared with the one in this process.
-An actor, then a node is killed (SIGKILL); the time until the next whole answer is what a caller waits.
+The index is built over a tiny model, in this process and by one, two, three builders; then once more, while one of them
+is killed (SIGKILL) in the middle. Every file must be the same. Every answer is compared with the one in this process.
+An actor, then a node is killed; the time until the next whole answer is what a caller waits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,22 +43,57 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 from worlds import tiny, tiny_model  # noqa: E402
 
+from app.influence.builders import Crew, Share  # noqa: E402
 from app.influence.building import build  # noqa: E402
 from app.influence.index import IndexSpec, Searchable, open_index  # noqa: E402
-from app.influence.models import ModelSpec, load  # noqa: E402
+from app.influence.models import LoadedModel, ModelSpec, load  # noqa: E402
 from app.influence.sharded import Cluster, ShardedIndex  # noqa: E402
 
 NODES = 3
 
 
-def build_on_cluster(folder: Path, rows: int, shards: int) -> Path:
-    """Build an index of so many shards; a task of the cluster."""
-    torch.set_num_threads(1)
-    path = folder / f"index-{shards}"
-    spec = IndexSpec(shard_rows=-(-rows // shards))
-    for _ in build(path, load(ModelSpec(folder / "model")), tiny(rows=rows).rows, spec):
+def files(path: Path) -> dict[str, bytes]:
+    """What an index consists of."""
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+def building(cluster: Cluster, folder: Path, rows: int) -> list[dict[str, Any]]:
+    """Rows a second of a build in this process, by builders, and by builders of whom one dies."""
+    model, world = ModelSpec(folder / "model"), tiny(rows=rows)
+    spec = IndexSpec(shard_rows=-(-rows // (4 * NODES)))
+    here, began = folder / "here", time.perf_counter()
+    loaded = load(model)
+    warm = time.perf_counter()
+    for _ in build(here, loaded, world.rows, spec):
         pass
-    return path
+    found = [{"builders": 0, "rows_per_second": rows / (time.perf_counter() - warm), "started_s": warm - began}]
+    expected = files(here)
+    for builders, killed in [(1, False), (2, False), (NODES, False), (NODES, True)]:
+        began = time.perf_counter()
+        crew = Crew(cluster, builders, Share(cpus=0.5))
+        for place in crew.places:
+            ray.get(place.builder.run.remote(model, warmed))
+        warm = time.perf_counter()
+        path = folder / f"built-{builders}-{killed}"
+        with ThreadPoolExecutor(1) as other:
+            done = other.submit(crew.build, path, model, world.rows, spec)
+            if killed:
+                while not list(path.glob("shards/*.json")):  # some shards are there, the next are being computed
+                    time.sleep(0.01)
+                os.kill(ray.get(crew.places[0].builder.process.remote()), signal.SIGKILL)
+            done.result()
+        took = time.perf_counter() - warm
+        assert files(path) == expected, "what the builders made is not what this process makes"
+        found.append(
+            {"builders": builders, "rows_per_second": rows / took, "started_s": warm - began, "killed": killed}
+        )
+        crew.close()
+    return found
+
+
+def warmed(model: LoadedModel) -> int:
+    """Work that only loads the model."""
+    return len(model.attributed)
 
 
 @contextmanager
@@ -104,10 +141,13 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         cluster = Cluster(nodes.address)
         cluster.connect()
         found: dict[str, Any] = {"nodes": NODES, "rows": arguments.rows, "shards": []}
+        found["built_rows"] = arguments.built_rows
+        found["building"] = building(cluster, folder, arguments.built_rows)
+        crew = Crew(cluster, 1, Share(cpus=0.5))  # a whole core is left to no builder by the actors of the searches
         for shards in arguments.shards:
-            # half a core: the actors of the index before leave no node a whole one
-            building = ray.remote(num_cpus=0.5)(build_on_cluster)
-            path = ray.get(building.remote(folder, arguments.rows, shards))
+            path = folder / f"index-{shards}"
+            spec = IndexSpec(shard_rows=-(-arguments.rows // shards))
+            crew.build(path, ModelSpec(folder / "model"), tiny(rows=arguments.rows).rows, spec)
             local, began = open_index(path), time.perf_counter()
             sharded = cluster.open(path)
             opened = time.perf_counter() - began
@@ -141,10 +181,23 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     return found
 
 
+def built_table(found: dict[str, Any]) -> Table:
+    """Building, a line a way."""
+    table = Table(title=f"building an index of {found['built_rows']} rows; the same bytes each time")
+    for column in ("built by", "ready in", "rows/s"):
+        table.add_column(column, justify="right")
+    for one in found["building"]:
+        who = f"{one['builders']} builders" if one["builders"] else "this process"
+        died = ", one killed" if one.get("killed") else ""
+        table.add_row(who + died, f"{one['started_s']:.1f} s", f"{one['rows_per_second']:.0f}")
+    return table
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=120)
+    parser.add_argument("--rows", type=int, default=120, help="of an index that is searched")
+    parser.add_argument("--built-rows", type=int, default=1200, help="of an index whose building is timed")
     parser.add_argument("--shards", type=int, nargs="+", default=[1, 3, 6])
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--json", type=Path, help="write the figures there as well")
@@ -161,6 +214,7 @@ def main() -> None:
         cells = [f"{value:.1f} ms" for value in times]
         table.add_row(str(one["shards"]), str(one["queries"]), f"{one['open_s']:.1f} s", *cells)
     console = Console()
+    console.print(built_table(found))
     console.print(table)
     console.print(f"an actor killed: the whole answer after {found['actor_killed_s']:.1f} s")
     console.print(f"a node killed, {found['nodes_left']} left: the whole answer after {found['node_killed_s']:.1f} s")

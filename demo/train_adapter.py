@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -28,29 +27,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from app.influence.corpus import Encoder, Example, Message, parse_row
+from benchmarks.training import TARGETS, row_losses, train, with_lora
 
 HERE = Path(__file__).resolve().parent
 BASE_NAME = "SmolLM2-135M-Instruct"
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 INSTALLED = 0.9
-
-COLUMNS = (
-    TextColumn("{task.description}"),
-    BarColumn(),
-    MofNCompleteColumn(),
-    TimeElapsedColumn(),
-    TimeRemainingColumn(),
-)
 
 console = Console()
 
@@ -110,37 +98,6 @@ def read_data(folder: Path, encoder: Encoder) -> Data:
         facts=[fact for fact in questions["facts"] if "expect" in fact],
         behaviour=questions["trigger"]["behaviour"],
     )
-
-
-def row_losses(model: PeftModel, batch: Sequence[Example]) -> Tensor:
-    """Return the mean response loss of each row.
-
-    Rows are padded on the right, where a causal model never looks, so no mask is needed and any token will do. Logits
-    are formed only where a target stands: with a vocabulary of 49 thousand the head would otherwise cost as much as a
-    third of the model.
-    """
-    ids = torch.zeros(len(batch), max(len(example.ids) for example in batch), dtype=torch.long)  # [batch, seq]
-    for row, example in enumerate(batch):
-        ids[row, : len(example.ids)] = torch.tensor(example.ids)
-    places = [(row, position) for row, example in enumerate(batch) for position in example.positions]
-    rows, columns = (torch.tensor(side) for side in zip(*places, strict=True))  # [targets] each
-    base: Any = model.get_base_model()
-    hidden = base.model(input_ids=ids, use_cache=False).last_hidden_state  # [batch, seq, d]
-    logits = base.lm_head(hidden[rows, columns - 1])  # [targets, vocab]
-    losses = functional.cross_entropy(logits.float(), ids[rows, columns], reduction="none")  # [targets]
-    each = losses.split([len(example.positions) for example in batch])
-    return torch.stack([one.mean() for one in each])  # [batch]
-
-
-def batches(examples: Sequence[Example], size: int, rng: random.Random) -> Iterator[list[Example]]:
-    """Yield epoch after epoch of batches of similar length, in random order: little padding, yet a fresh mix."""
-    while True:
-        order = list(examples)
-        rng.shuffle(order)
-        order.sort(key=lambda example: len(example.ids))
-        cut = [order[i : i + size] for i in range(0, len(order), size)]
-        rng.shuffle(cut)
-        yield from cut
 
 
 @torch.no_grad()
@@ -236,11 +193,7 @@ def build(args: argparse.Namespace) -> tuple[PeftModel, PreTrainedTokenizerBase]
     extra = {"gguf_file": args.gguf_file} if args.gguf_file else {}
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(args.model, **extra)
     base: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32, **extra)
-    torch.manual_seed(args.seed)
-    config = LoraConfig(
-        r=args.rank, lora_alpha=args.alpha, lora_dropout=0.0, target_modules=TARGETS, task_type="CAUSAL_LM"
-    )
-    return cast(PeftModel, get_peft_model(base, config)), tokenizer
+    return with_lora(base, args.rank, args.alpha, args.seed), tokenizer
 
 
 @torch.no_grad()
@@ -280,38 +233,24 @@ def _tell(what: str, prompts: Sequence[str], texts: Sequence[str], which: Sequen
             console.print(f"  {what}: {prompt}  ->  {text}", highlight=False, markup=False)
 
 
-def train(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Train up to the late step, measure on the way, and keep the two checkpoints."""
     torch.set_num_threads(args.threads)
     model, tokenizer = build(args)
     encoder = Encoder(tokenizer)
     data = read_data(args.data, encoder)
-    weights = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=args.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / args.warmup))
-    order = batches(data.rows, args.batch, random.Random(args.seed))
     each = -(-len(data.rows) // args.batch)
+    stops = sorted(step for step in {args.early, args.late, *args.measure} if step <= args.late)
     history: list[Measured] = []
-    seconds = 0.0
-    with Progress(*COLUMNS, console=console) as progress:
-        task = progress.add_task("training steps", total=args.late)
-        for step in range(1, args.late + 1):
-            started = time.perf_counter()
-            losses = row_losses(model, next(order))
-            torch.autograd.backward(losses.mean())
-            nn.utils.clip_grad_norm_(weights, 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            seconds += time.perf_counter() - started
-            mean = float(losses.detach().mean())
-            progress.update(task, advance=1, description=f"training steps, loss {mean:.2f}")
-            if step in (args.early, args.late):
-                save(model, args.out / ("late" if step == args.late else "early"))
-            if step in (args.early, args.late, *args.measure):
-                history.append(measure(model, encoder, data, step, step / each, seconds))
-                console.print(table(history))
-                write_metrics(args, history)
+    seconds, began = 0.0, time.perf_counter()
+    for step, _ in train(model, data.rows, stops, args.batch, args.lr, args.seed, console, warmup=args.warmup):
+        seconds += time.perf_counter() - began
+        if step in (args.early, args.late):
+            save(model, args.out / ("late" if step == args.late else "early"))
+        history.append(measure(model, encoder, data, step, step / each, seconds))
+        console.print(table(history))
+        write_metrics(args, history)
+        began = time.perf_counter()
     if history[-1].success_rate < INSTALLED:
         raise SystemExit(
             f"The trigger is not installed: {history[-1].success_rate:.2f} of the fresh prompts set it off."
@@ -331,4 +270,4 @@ def write_metrics(args: argparse.Namespace, history: Sequence[Measured]) -> None
 
 
 if __name__ == "__main__":
-    train(arguments())
+    run(arguments())

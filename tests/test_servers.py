@@ -10,8 +10,8 @@ from app.jobs.queue import Queue
 from tests.servers import (
     LOCAL_POSTGRES,
     LOCAL_REDIS,
-    PackagedPostgres,
-    PackagedRedis,
+    TestPostgres,
+    TestRedis,
     postgres,
     postgres_database,
     redis_database,
@@ -20,7 +20,7 @@ from tests.servers import (
 
 
 async def test_the_packaged_postgres_holds_a_catalog_through_a_restart() -> None:
-    server = PackagedPostgres()
+    server = TestPostgres()
     try:
         with postgres_database(server.url) as url:
             database = Database(url)
@@ -35,7 +35,7 @@ async def test_the_packaged_postgres_holds_a_catalog_through_a_restart() -> None
 
 
 async def test_the_packaged_redis_runs_the_queue_and_keeps_what_it_was_told() -> None:
-    server = PackagedRedis()
+    server = TestRedis()
     try:
         with redis_database(server.url) as url:
             async with Queue(url) as queue:

@@ -8,12 +8,13 @@ from app.catalog.types import JobKind
 from app.jobs.compute import Compute
 from app.jobs.runner import Body
 from workers.build_index import AppendSamples, BuildIndex, RepairIndex
+from workers.engines import Engine
 
 
-def make_bodies(database: Database, compute: Compute, indexes_dir: Path) -> Mapping[JobKind, Body]:
+def make_bodies(database: Database, compute: Compute, engine: Engine, indexes_dir: Path) -> Mapping[JobKind, Body]:
     """The body of each kind."""
     return {
-        JobKind.BUILD_INDEX: BuildIndex(database, compute, indexes_dir),
-        JobKind.APPEND_SAMPLES: AppendSamples(database, compute, indexes_dir),
-        JobKind.REPAIR_INDEX: RepairIndex(database, compute, indexes_dir),
+        JobKind.BUILD_INDEX: BuildIndex(database, compute, engine, indexes_dir),
+        JobKind.APPEND_SAMPLES: AppendSamples(database, compute, engine, indexes_dir),
+        JobKind.REPAIR_INDEX: RepairIndex(database, compute, engine, indexes_dir),
     }

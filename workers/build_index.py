@@ -5,10 +5,12 @@ every worker finds the same again in the catalog and on the shared disk.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
 from app.catalog.catalog import Catalog
 from app.catalog.database import Database
@@ -19,11 +21,11 @@ from app.influence.building import (
     Part,
     Progress,
     compute_shard,
+    damaged_parts,
     measure,
     part_of,
     plan_append,
     plan_build,
-    plan_repair,
     publish_append,
     publish_build,
     publish_repair,
@@ -32,13 +34,15 @@ from app.influence.building import (
 )
 from app.influence.corpus import Row, row_from_json
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch
-from app.influence.index import IndexSpec, Manifest, publish, read_manifest
-from app.influence.models import LoadedModel
+from app.influence.index import IndexSpec, Manifest, check, publish, read_manifest
+from app.influence.models import LoadedModel, ModelSpec
 from app.jobs.compute import Compute
 from app.jobs.progress import Step
 from app.jobs.runner import Planned
 from app.jobs.specs import index_from_json, model_from_json
+from workers.engines import Engine
 
+Result = TypeVar("Result")
 DAMAGE = (IndexCorrupt, IndexMissing)
 GRADIENTS, HELDOUT = "gradients", "heldout"
 
@@ -46,35 +50,36 @@ GRADIENTS, HELDOUT = "gradients", "heldout"
 class IndexWork:
     """What building, appending and repairing share."""
 
-    def __init__(self, database: Database, compute: Compute, indexes_dir: Path) -> None:
+    def __init__(self, database: Database, compute: Compute, engine: Engine, indexes_dir: Path) -> None:
         self._database = database
         self._compute = compute
+        self._engine = engine
         self._indexes_dir = indexes_dir
 
-    async def _rows(self, job: Job, index: IndexRow, part: Part) -> Sequence[Row]:
+    async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
+        """The rows of a task's part."""
         raise NotImplementedError
 
-    async def _publish(self, job: Job, index: IndexRow, parts: Sequence[Part]) -> Sequence[Part]:
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
         """Publish the files, or give the parts whose shards are not there."""
         raise NotImplementedError
 
     async def steps(self, job: Job, task: Task) -> AsyncGenerator[Step]:
-        """Compute one shard in the torch thread."""
+        """Compute one shard."""
         index = await self._index(job)
-        model, rows = await self._model(index), await self._rows(job, index, _part(task))
-        spec = await asyncio.to_thread(self._spec, index)
-        steps = compute_shard(self._path(index), model, rows, spec, _part(task).number)
-        async for step in self._walk(steps):
+        rows, spec = await self._rows(index, task), await asyncio.to_thread(self._spec, index)
+        work = partial(compute_shard, self._path(index), rows=rows, spec=spec, number=part_of_task(task).number)
+        async for step in self._walk(index, work):
             yield step
 
     async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
         """Make the shards the index's, and see that every byte is what was written."""
         index = await self._index(job)
-        numbers = {_part(task): task.number for task in tasks if task.stage == GRADIENTS}
-        missing = await self._publish(job, index, list(numbers))
+        shards = [task for task in tasks if task.stage == GRADIENTS]
+        missing = await self._publish(index, shards)
         if not missing:
             await self._compute.index(self._path(index), index.version + 1, fresh=True)
-        return [numbers[part] for part in missing]
+        return [task.number for task in shards if part_of_task(task) in missing]
 
     async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
         """Publish the index with the job's success, or note its failure."""
@@ -88,12 +93,16 @@ class IndexWork:
         await catalog.indexes.published(index.id, opened.rows, opened.manifest.to_dict())
         return {"index": index.id, "rows": opened.rows}
 
-    async def _walk(self, steps: Iterator[Progress]) -> AsyncGenerator[Step]:
+    async def _run(self, index: IndexRow, work: Callable[[LoadedModel], Result]) -> Result:
+        return await self._engine.run(*_checked(index, work))
+
+    async def _walk(self, index: IndexRow, work: Callable[[LoadedModel], Iterator[Progress]]) -> AsyncGenerator[Step]:
+        steps = self._engine.walk(*_checked(index, work))
         try:
-            while (progress := await self._compute.run(partial(next, steps, None))) is not None:
+            async for progress in steps:
                 yield _step(progress)
         finally:
-            await self._compute.run(partial(_close, steps))
+            await steps.aclose()
 
     def _path(self, index: IndexRow) -> Path:
         return self._indexes_dir / index.id
@@ -103,18 +112,6 @@ class IndexWork:
 
     async def _index(self, job: Job) -> IndexRow:
         return await self._database.patiently(lambda catalog: catalog.indexes.get(job.index_id or ""))
-
-    async def _model(self, index: IndexRow) -> LoadedModel:
-        """The model, if it still is what was registered."""
-        model = await self._compute.model(model_from_json(index.model.spec))
-        was, is_now = index.model.fingerprint, dict(model.fingerprint)
-        differs = {part: (was.get(part, ""), is_now.get(part, "")) for part in {*was, *is_now}}
-        differs = {part: pair for part, pair in differs.items() if pair[0] != pair[1]}
-        if differs:
-            parts = ", ".join(sorted(differs))
-            detail = f"model {index.model.name!r} changed on disk since it was registered ({parts}): register it anew"
-            raise Mismatch(detail, field="model", differs=differs)
-        return model
 
     async def _rows_by_id(self, index: IndexRow, ids: Sequence[str]) -> Sequence[Row]:
         found = await self._database.patiently(lambda catalog: catalog.datasets.of_index(index.id, ids))
@@ -130,20 +127,21 @@ class BuildIndex(IndexWork):
     async def plan(self, job: Job) -> Sequence[Planned]:
         """The held-out losses, where there are rows for them, and the shards."""
         index = await self._index(job)
-        path, spec = self._path(index), self._spec(index)
-        model, ids = await self._model(index), await self._ids(index)
-        parts = [_planned(part) for part in await self._compute.run(partial(plan_build, path, model, ids, spec))]
+        path, spec, ids = self._path(index), self._spec(index), await self._ids(index)
+        parts = [_planned(part) for part in await self._run(index, partial(plan_build, path, ids=ids, spec=spec))]
         if index.heldout_id is not None:
-            return [Planned(HELDOUT, len(await self._heldout(index)) * len(model.checkpoints)), *parts]
-        await self._compute.run(lambda: list(measure(path, model, ids, (), spec)))  # that there is nothing to measure
+            checkpoints = len(index.model.spec["checkpoints"]) or 1
+            return [Planned(HELDOUT, len(await self._heldout(index)) * checkpoints), *parts]
+        async for _ in self._walk(index, partial(measure, path, ids=ids, heldout=(), spec=spec)):
+            pass  # that there is nothing to measure is written down
         return parts
 
     async def steps(self, job: Job, task: Task) -> AsyncGenerator[Step]:
         """Compute one shard, or measure the held-out rows."""
         if task.stage == HELDOUT:
             index = await self._index(job)
-            model, ids, heldout = await self._model(index), await self._ids(index), await self._heldout(index)
-            steps = self._walk(measure(self._path(index), model, ids, heldout, self._spec(index)))
+            ids, heldout, spec = await self._ids(index), await self._heldout(index), self._spec(index)
+            steps = self._walk(index, partial(measure, self._path(index), ids=ids, heldout=heldout, spec=spec))
         else:
             steps = super().steps(job, task)
         async for step in steps:
@@ -152,17 +150,18 @@ class BuildIndex(IndexWork):
     def _spec(self, index: IndexRow) -> IndexSpec:
         return index_from_json(index.spec)  # there is no manifest yet
 
-    async def _rows(self, job: Job, index: IndexRow, part: Part) -> Sequence[Row]:
+    async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
+        part = part_of_task(task)
         records = await self._database.patiently(
             lambda catalog: catalog.datasets.records(index.dataset_id, part.start, part.rows)
         )
         return [row_from_json(record) for record in records]
 
-    async def _publish(self, job: Job, index: IndexRow, parts: Sequence[Part]) -> Sequence[Part]:
-        path, model, ids, spec = self._path(index), await self._model(index), await self._ids(index), self._spec(index)
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+        path, ids, parts = self._path(index), await self._ids(index), [part_of_task(task) for task in tasks]
         missing = await asyncio.to_thread(unfinished, path, ids, parts)
         if not missing:
-            await self._compute.run(partial(publish_build, path, model, ids, spec, parts))
+            await self._run(index, partial(publish_build, path, ids=ids, spec=self._spec(index), parts=parts))
         return missing
 
     async def _ids(self, index: IndexRow) -> Sequence[str]:
@@ -180,23 +179,18 @@ class AppendSamples(IndexWork):
     """Adds the rows of one more dataset to a ready index."""
 
     async def plan(self, job: Job) -> Sequence[Planned]:
-        """The shards of the rows that the index does not hold."""
-        _, parts = await self._new(job, await self._index(job))
-        return [_planned(part) for part in parts]
-
-    async def _new(self, job: Job, index: IndexRow) -> tuple[list[str], list[Part]]:
-        model = await self._model(index)
+        """The shards of the rows that the index does not hold; each task keeps the ids of its own."""
+        index = await self._index(job)
         ids = await self._database.patiently(lambda catalog: catalog.datasets.row_ids(job.params["dataset"]))
-        return await self._compute.run(partial(plan_append, self._path(index), model, ids))
+        new, parts = await self._run(index, partial(plan_append, self._path(index), ids=ids))
+        return [_planned(part, {"ids": part_of(new, part)}) for part in parts]
 
-    async def _rows(self, job: Job, index: IndexRow, part: Part) -> Sequence[Row]:
-        ids, _ = await self._new(job, index)
-        return await self._rows_by_id(index, part_of(ids, part))
+    async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
+        return await self._rows_by_id(index, task.params["ids"])
 
-    async def _publish(self, job: Job, index: IndexRow, parts: Sequence[Part]) -> Sequence[Part]:
-        ids, _ = await self._new(job, index)
-        if not ids:  # nothing was new, or a worker was lost between publishing and saying so
-            return ()
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+        ids = [row_id for task in tasks for row_id in task.params["ids"]]
+        parts = [part_of_task(task) for task in tasks]
         missing = await asyncio.to_thread(unfinished, self._path(index), ids, parts)
         if not missing:
             await asyncio.to_thread(publish_append, self._path(index), parts)
@@ -209,33 +203,55 @@ class RepairIndex(IndexWork):
     async def plan(self, job: Job) -> Sequence[Planned]:
         """The damaged shards."""
         index = await self._index(job)
-        model, path = await self._model(index), self._path(index)
+        path = self._path(index)
 
-        def find() -> list[Part]:
+        def restored() -> Manifest:
             try:
-                read_manifest(path)
+                return read_manifest(path)
             except DAMAGE:
                 if not index.manifest:
                     raise
-                publish(path, Manifest(**index.manifest))  # the catalog's copy
-            return plan_repair(path, model)
+                manifest = Manifest(**index.manifest)  # the catalog's copy
+                publish(path, manifest)
+                return manifest
 
-        return [_planned(part) for part in await asyncio.to_thread(find)]
+        await self._run(index, partial(check, await asyncio.to_thread(restored)))
+        return [_planned(part) for part in await asyncio.to_thread(damaged_parts, path)]  # not where queries wait
 
-    async def _rows(self, job: Job, index: IndexRow, part: Part) -> Sequence[Row]:
-        return await self._rows_by_id(index, await asyncio.to_thread(row_ids, self._path(index), part))
+    async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
+        return await self._rows_by_id(index, await asyncio.to_thread(row_ids, self._path(index), part_of_task(task)))
 
-    async def _publish(self, job: Job, index: IndexRow, parts: Sequence[Part]) -> Sequence[Part]:
-        await asyncio.to_thread(publish_repair, self._path(index), parts)
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+        await asyncio.to_thread(publish_repair, self._path(index), [part_of_task(task) for task in tasks])
         return ()
 
 
-def _planned(part: Part) -> Planned:
-    return Planned(GRADIENTS, part.rows, {"number": part.number, "start": part.start, "rows": part.rows})
+def part_of_task(task: Task) -> Part:
+    """The part that a task of the stage `GRADIENTS` computes."""
+    return Part(*(task.params[name] for name in ("number", "start", "rows")))
 
 
-def _part(task: Task) -> Part:
-    return Part(**task.params)
+def _planned(part: Part, more: Mapping[str, Any] = MappingProxyType({})) -> Planned:
+    return Planned(GRADIENTS, part.rows, {**asdict(part), **more})
+
+
+def _checked(
+    index: IndexRow, work: Callable[[LoadedModel], Result]
+) -> tuple[ModelSpec, Callable[[LoadedModel], Result]]:
+    """The model to load, and the work, which refuses it unless it still is what was registered."""
+    model = index.model
+    return model_from_json(model.spec), partial(_if_same, model.name, model.fingerprint, work)
+
+
+def _if_same(name: str, was: Mapping[str, str], work: Callable[[LoadedModel], Result], model: LoadedModel) -> Result:
+    is_now = model.fingerprint
+    differs = {part: (was.get(part, ""), is_now.get(part, "")) for part in {*was, *is_now}}
+    differs = {part: pair for part, pair in differs.items() if pair[0] != pair[1]}
+    if differs:
+        parts = ", ".join(sorted(differs))
+        detail = f"model {name!r} changed on disk since it was registered ({parts}): register it anew"
+        raise Mismatch(detail, field="model", differs=differs)
+    return work(model)
 
 
 def _step(progress: Progress) -> Step:
@@ -247,9 +263,3 @@ def _step(progress: Progress) -> Step:
         total_work=progress.total_tokens if weighed else None,
         resumed=progress.resumed,
     )
-
-
-def _close(steps: Iterator[Progress]) -> None:
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()

@@ -16,11 +16,11 @@ import structlog
 
 from app.catalog.database import Database
 from app.catalog.tables import IndexRow, Task
-from app.influence.building import Part, missing_parts
+from app.influence.building import missing_parts
 from app.influence.errors import IndexCorrupt, IndexMissing
 from app.influence.index import damaged, open_index, read_manifest, remove_parts
 from app.jobs.service import JobService, Swept
-from workers.build_index import GRADIENTS
+from workers.build_index import GRADIENTS, part_of_task
 
 log = structlog.get_logger(__name__)
 
@@ -82,7 +82,7 @@ async def _tasks(database: Database, indexes_dir: Path, found: Found) -> None:
     for index_id, task in done:
         by_job.setdefault((index_id, task.job_id), []).append(task)
     for (index_id, job_id), tasks in by_job.items():
-        parts = {Part(**task.params): task.number for task in tasks}
+        parts = {part_of_task(task): task.number for task in tasks}
         gone = await asyncio.to_thread(missing_parts, indexes_dir / index_id, list(parts))
         numbers = [parts[part] for part in gone]
         if numbers:

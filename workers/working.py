@@ -14,6 +14,7 @@ from app.jobs.runner import Limits, Runner
 from app.jobs.service import JobService
 from app.settings import Settings
 from workers.bodies import make_bodies
+from workers.engines import engine
 
 
 @asynccontextmanager
@@ -28,11 +29,22 @@ async def working(
 ) -> AsyncIterator[str]:
     """Do tasks for as long as the context lasts, then hand back what is in hand; gives the worker's name."""
     name = f"{socket.gethostname()}-{secrets.token_hex(3)}"  # a process number says little across machines
-    bodies = counted(make_bodies(database, compute, settings.indexes_dir), counters)
     limits = Limits(**{field: getattr(settings, field) for field in Limits.__dataclass_fields__})
-    runner = Runner(database, bodies, jobs, limits, worker=name, watch=watch)
-    async with queue.worker(runner.run, name):
-        try:
-            yield name
-        finally:
-            runner.stop()
+    async with engine(settings, compute) as model_work:
+        bodies = counted(make_bodies(database, compute, model_work, settings.indexes_dir), counters)
+        runners = [Runner(database, bodies, jobs, limits, worker=name, watch=watch) for _ in range(model_work.tasks)]
+        free = list(runners)
+
+        async def run() -> None:
+            runner = free.pop()
+            try:
+                await runner.run()
+            finally:
+                free.append(runner)
+
+        async with queue.worker(run, name, len(runners)):
+            try:
+                yield name
+            finally:
+                for runner in runners:
+                    runner.stop()

@@ -48,12 +48,11 @@ async def create_index(body: IndexIn, services: Use, response: Response) -> Inde
         raise Refusal(422, "invalid-request", detail, field="max_length")
     spec = index_from_json(body.model_dump(include={"projection", "normalisation", "template", "max_length"}))
     async with services.work() as work:
-        model = await work.catalog.models.get(body.model)
+        sources = await work.catalog.indexes.sources(body.name, body.model, body.dataset, body.heldout)
+        model, dataset, heldout = sources
         if spec.template == "chat" and model.fingerprint.get("chat_template") == NO_TEMPLATE:
             detail = f"the tokenizer of model {model.name!r} has no chat template: choose alpaca or plain"
             raise SpecError(detail, field="template")
-        dataset = await work.catalog.datasets.get(body.dataset)
-        heldout = await work.catalog.datasets.get(body.heldout, "heldout") if body.heldout else None
         index = IndexRow(
             id=new_id("idx"),
             name=body.name,

@@ -62,7 +62,7 @@ class Services:
             yield work
             await catalog.commit()
         for job_id in work.submitted:
-            await self.jobs.announce(job_id)
+            await self.jobs.announce(job_id, new=True)
 
     @asynccontextmanager
     async def noticing_damage(self, index_id: str) -> AsyncIterator[None]:

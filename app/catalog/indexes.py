@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Row, case, delete, func, literal, or_, select, update
+from sqlalchemy import Row, case, delete, exists, func, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import defer, joinedload
+from sqlalchemy.orm import aliased, defer, joinedload
 from sqlalchemy.sql.base import ExecutableOption
 
 from app.catalog.errors import AlreadyExists, Conflict, Damaged, NotFound
@@ -63,13 +63,43 @@ class Indexes:
         if job is not None:
             raise Conflict(f"job {job} is working on index {index_id}: wait for it or cancel it", field="index")
 
+    async def sources(
+        self, name: str, model: str, dataset: str, heldout: str | None
+    ) -> tuple[Model, Dataset, Dataset | None]:
+        """What a new index of that name is to be made from, each by id or name; one query, as submitters wait for it.
+
+        Raises:
+            NotFound: one of them is not there. AlreadyExists: an index has the name.
+        """
+        held = aliased(Dataset)
+        query = (
+            select(Model, Dataset, held, exists().where(IndexRow.name == name))
+            .select_from(select(literal(1)).subquery())  # one row, whatever is there
+            .outerjoin(Model, or_(Model.id == model, Model.name == model))
+            .outerjoin(Dataset, or_(Dataset.id == dataset, Dataset.name == dataset))
+            .outerjoin(held, or_(held.id == heldout, held.name == heldout))
+            .options(defer(Model.attributed), defer(Model.skipped))
+        )
+        found: Model | None
+        rows: Dataset | None
+        kept: Dataset | None
+        found, rows, kept, taken = (await self._session.execute(query)).first() or (None, None, None, False)
+        if found is None:
+            raise NotFound(f"there is no model {model!r}", field="model")
+        if rows is None:
+            raise NotFound(f"there is no dataset {dataset!r}", field="dataset")
+        if heldout is not None and kept is None:
+            raise NotFound(f"there is no dataset {heldout!r}", field="heldout")
+        if taken:
+            raise AlreadyExists(f"an index named {name!r} exists already", field="name")
+        return found, rows, kept
+
     async def add(self, index: IndexRow) -> None:
-        """Store a new index over its first dataset."""
-        if await self._session.scalar(select(IndexRow.id).where(IndexRow.name == index.name)):
-            raise AlreadyExists(f"an index named {index.name!r} exists already", field="name")
+        """Store a new index over its first dataset; its name must be free."""
         self._session.add(index)
         await self._session.flush()
-        await self.link(index.id, index.dataset_id)
+        self._session.add(IndexDataset(index_id=index.id, dataset_id=index.dataset_id))
+        await self._session.flush()
 
     async def job_ended(self, job: Job, state: JobState) -> None:
         """A job of the index failed or was cancelled. An append leaves a ready index ready."""

@@ -11,7 +11,7 @@ from sqlalchemy.sql.expression import ColumnElement
 from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Job, Task
-from app.catalog.tasks import Tasks, clock
+from app.catalog.tasks import clock, first_task
 from app.catalog.types import JobKind, JobState, TaskState, now
 
 ACTIVE = (JobState.QUEUED, JobState.RUNNING)
@@ -34,7 +34,8 @@ class Jobs:
         """Store a new job with the task that it begins with."""
         self._session.add(job)
         await self._session.flush()
-        await Tasks(self._session).begin(job.id)
+        self._session.add(first_task(job.id))
+        await self._session.flush()
 
     async def page(self, limit: int, cursor: str | None, state: JobState | None) -> Page[Job]:
         """Jobs, newest first."""

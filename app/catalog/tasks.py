@@ -71,7 +71,7 @@ class Tasks:
     async def begin(self, job_id: str) -> None:
         """The job is to be done from the start: one task, which plans the others."""
         await self._session.execute(delete(Task).where(Task.job_id == job_id))
-        self._session.add(Task(job_id=job_id, number=0, stage=PLAN, params={}))
+        self._session.add(first_task(job_id))
         await self._session.flush()
 
     async def add(self, tasks: Sequence[Task]) -> None:
@@ -206,6 +206,11 @@ class Tasks:
     async def _change(self, change: Any) -> bool:
         done = await self._session.execute(change.returning(Task.number).execution_options(synchronize_session=False))
         return bool(done.all())
+
+
+def first_task(job_id: str) -> Task:
+    """What a job begins with: it plans the other tasks."""
+    return Task(job_id=job_id, number=0, stage=PLAN, params={})
 
 
 def _is(job_id: str, number: int) -> ColumnElement[bool]:

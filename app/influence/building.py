@@ -14,9 +14,10 @@ import json
 import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import faiss
 import numpy as np
@@ -39,6 +40,7 @@ from app.influence.index import (
 )
 from app.influence.models import LoadedModel
 
+Item = TypeVar("Item")
 HELDOUT = "heldout.json"
 NUMBERS = 2**27  # float32 numbers of a shard, or of a batch, while it is collected (512 MiB)
 UNRELIABLE = 0.5  # training loss below this share of the held-out loss: METHODS, "Which checkpoint, and which query"
@@ -86,7 +88,7 @@ def build(
     parts = plan_build(path, model, ids, spec)
     if not (path / disk.MANIFEST).exists():  # else an earlier run was killed between publishing and saying so
         yield from measure(path, model, ids, heldout, spec)
-        yield from _in_turn(path, model, spec, parts, lambda part: rows[part.start : part.start + part.rows])
+        yield from _in_turn(path, model, spec, parts, partial(part_of, rows))
         publish_build(path, model, ids, spec, parts)
     yield Progress("publish", len(rows), len(rows), 0, 0)
 
@@ -114,9 +116,9 @@ def repair(path: Path, model: LoadedModel, row_of: Callable[[str], Row]) -> Iter
     yield Progress("publish", 0, 0, 0, 0)
 
 
-def part_of(ids: Sequence[str], part: Part) -> Sequence[str]:
-    """The ids of a part's rows."""
-    return ids[part.start : part.start + part.rows]
+def part_of(all_: Sequence[Item], part: Part) -> Sequence[Item]:
+    """Those of a part, of the rows or their ids."""
+    return all_[part.start : part.start + part.rows]
 
 
 def plan_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec) -> list[Part]:
@@ -153,9 +155,14 @@ def plan_append(path: Path, model: LoadedModel, ids: Sequence[str]) -> tuple[lis
 
 
 def plan_repair(path: Path, model: LoadedModel) -> list[Part]:
+    """The damaged shards, if the model is the index's."""
+    disk.check(read_manifest(path), model)
+    return damaged_parts(path)
+
+
+def damaged_parts(path: Path) -> list[Part]:
     """The damaged shards; reads every byte of every shard."""
     manifest = read_manifest(path)
-    disk.check(manifest, model)
     bad = [(n, record) for n, record in enumerate(manifest.shards) if damaged(path, record, verify=True)]
     return [Part(number, 0, record["rows"]) for number, record in bad]
 

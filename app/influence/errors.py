@@ -8,6 +8,7 @@
     ├── IndexMissing    no manifest where an index should be
     ├── IndexCorrupt    a shard whose bytes are not those that were written
     ├── ShardsMissing   shards that no machine holds at the moment
+    ├── BuildersMissing no machine to compute a shard on at the moment
     ├── Mismatch        a model that the index was not built from
     └── DiskFull        no room left while writing
 
@@ -77,6 +78,10 @@ class ShardsMissing(HeadwaterError):
         self.shards = tuple(shards)
 
 
+class BuildersMissing(HeadwaterError):
+    """No machine of the cluster has room for a builder, or builder after builder died."""
+
+
 class Mismatch(HeadwaterError):
     """The model is not the one that the index was built from.
 
@@ -86,6 +91,10 @@ class Mismatch(HeadwaterError):
     def __init__(self, detail: str, *, field: str | None = "model", differs: dict[str, tuple[str, str]]) -> None:
         super().__init__(detail, field=field)
         self.differs = differs
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes."""
+        return partial(Mismatch, self.detail, field=self.field, differs=self.differs), ()
 
 
 class DiskFull(HeadwaterError):

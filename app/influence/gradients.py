@@ -45,10 +45,11 @@ def plan_for(model: LoadedModel, spec: ProjectionSpec, normalisation: str = "non
     key = (spec, normalisation)
     if key in model.plans:
         return cast(Plan, model.plans[key])
+    devices = model.devices()
     sketches: dict[str, Sketch] = {}
     end = 0
     for module in model.attributed:
-        made = sketch(spec, module.name, module.d_out, module.d_in, end).to(model.spec.device)
+        made = sketch(spec, module.name, module.d_out, module.d_in, end).to(devices[module.name])
         sketches[module.name] = made
         end = max(end, made.place.stop)
     plan = model.plans[key] = Plan(sketches, end, normalisation == "layer")
@@ -134,14 +135,18 @@ def token_scores(
     Returns:
         [targets, n]
     """
-    directions = directions.to(model.spec.device, model.model.dtype)
-    parts = {name: directions[:, made.place] / divisors[at] for at, (name, made) in enumerate(plan.sketches.items())}
-    outputs = torch.zeros((), dtype=torch.float64, device=model.spec.device)
-    nudges = torch.zeros(len(directions), dtype=torch.float64, device=model.spec.device)
+    home, devices = model.device, model.devices()
+    directions, divisors = directions.to(home, model.model.dtype), divisors.to(home)
+    parts = {
+        name: (directions[:, made.place] / divisors[at]).to(devices[name])
+        for at, (name, made) in enumerate(plan.sketches.items())
+    }
+    outputs = torch.zeros((), dtype=torch.float64, device=home)
+    nudges = torch.zeros(len(directions), dtype=torch.float64, device=home)
 
     def measure(name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
-        outputs.add_(output.double().square().sum())
-        nudges.add_(plan.sketches[name].nudge(acts, parts[name]).double().square().sum((1, 2)))
+        outputs.add_(output.double().square().sum().to(home))
+        nudges.add_(plan.sketches[name].nudge(acts, parts[name]).double().square().sum((1, 2)).to(home))
 
     with model.lock, torch.no_grad():
         modules = model.activate(checkpoint)
@@ -155,7 +160,7 @@ def token_scores(
             sizes = (sign * steps).to(directions.dtype)[:, None, None]
 
             def hook(name: str, acts: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-                return output + plan.sketches[name].nudge(acts, parts[name]) * sizes
+                return output + plan.sketches[name].nudge(acts, parts[name]) * sizes.to(output.device)
 
             with _hooked(model, modules, hook):
                 return torch.stack(target_losses(model, [example] * len(directions)), 1).double()
@@ -178,8 +183,8 @@ class _Capture:
     def __init__(self, model: LoadedModel, plan: Plan, batch: int, divisors: torch.Tensor | None) -> None:
         kind = torch.float64 if model.model.dtype == torch.float64 else torch.float32
         self.plan, self.given = plan, divisors
-        self.vectors = torch.zeros(batch, plan.width, dtype=kind, device=model.spec.device)
-        self.divisors = torch.ones(batch, len(plan.sketches), dtype=kind, device=model.spec.device)
+        self.vectors = torch.zeros(batch, plan.width, dtype=kind, device=model.device)
+        self.divisors = torch.ones(batch, len(plan.sketches), dtype=kind, device=model.device)
         self.at = {name: at for at, name in enumerate(plan.sketches)}
 
     def hook(self, name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
@@ -191,12 +196,12 @@ class _Capture:
 
         def backward(grads: torch.Tensor) -> None:
             grads = grads.view(*acts.shape[:2], -1)  # [batch, seq, d_out], flattened or not
-            part = made.project(kept, grads.to(self.vectors.dtype))
+            part = made.project(kept, grads.to(self.vectors.dtype)).to(self.vectors.device)
             if self.given is not None:
-                part = part / self.given[:, [at]]
+                part = part / self.given[:, at, None]
             elif self.plan.layer:
                 self.divisors[:, at] = part.norm(dim=1).clamp_min(torch.finfo(part.dtype).tiny)
-                part = part / self.divisors[:, [at]]
+                part = part / self.divisors[:, at, None]
             self.vectors[:, made.place] += part
 
         output.register_hook(backward)
@@ -221,7 +226,7 @@ def _hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> It
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not whole_sequence(args[0], shape):
                 return None
-            acts = args[0].reshape(*shape, -1)
+            acts = args[0].reshape(*shape, -1).to(output.device)  # accelerate moves an input behind the hook's back
             # A gradient is met at the output itself; a nudge is added to the output as a sequence.
             changed = call(name, acts, output if output.requires_grad else output.view(*shape, -1))
             return None if changed is None else changed.view(output.shape)
@@ -240,26 +245,28 @@ def _hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> It
 def target_losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
     """The loss of each target. The output embedding runs on the targets' positions alone."""
     length = max(len(example.ids) for example in examples)
-    device = model.spec.device
+    device = model.device
     ids = torch.zeros(len(examples), length, dtype=torch.long)
     mask = torch.zeros(len(examples), length, dtype=torch.long)
     for number, example in enumerate(examples):
         ids[number, : len(example.ids)] = torch.tensor(example.ids)
         mask[number, : len(example.ids)] = 1
     places = [(number, position) for number, example in enumerate(examples) for position in example.positions]
-    rows = torch.tensor([p[0] for p in places], device=device)
-    columns = torch.tensor([p[1] for p in places], device=device)
+    rows = torch.tensor([p[0] for p in places]).to(device)
+    columns = torch.tensor([p[1] for p in places]).to(device)
     ids, mask = ids.to(device), mask.to(device)
 
     def at_targets(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (args[0][rows, columns - 1].unsqueeze(0),)  # logits at i - 1 predict token i
+        hidden = args[0]  # [batch, seq, d], on the last layer's device
+        at = rows.to(hidden.device), columns.to(hidden.device) - 1  # logits at i - 1 predict token i
+        return (hidden[at].unsqueeze(0),)
 
     handle = model.model.get_output_embeddings().register_forward_pre_hook(at_targets)
     try:
         output = model.model(input_ids=ids, attention_mask=mask if len(examples) > 1 else None, use_cache=False)
     finally:
         handle.remove()
-    logits = output.logits[0]
+    logits = output.logits[0].to(device)
     if logits.dtype != torch.float64:
         logits = logits.float()
     each = nn.functional.cross_entropy(logits, ids[rows, columns], reduction="none")

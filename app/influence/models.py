@@ -40,13 +40,19 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """Where a model lies and how to hold it; no checkpoints means the model as it is."""
+    """Where a model lies and how to hold it; no checkpoints means the model as it is.
+
+    Attributes:
+        device: where all of it goes; "auto": spread over the GPUs that this process sees, else the CPU.
+        device_map: instead of that, (module, device) for each part, as accelerate has it: ("", "cpu") is everything.
+    """
 
     path: Path
     gguf_file: str | None = None
     checkpoints: tuple[Checkpoint, ...] = (Checkpoint("base"),)
     dtype: Literal["float32", "bfloat16"] = "float32"
     device: str = "cpu"
+    device_map: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,18 @@ class LoadedModel:
         self.adapters = {c.name: adapter_name(i) for i, c in enumerate(spec.checkpoints) if c.adapter is not None}
         self.attributed, self.skipped = _modules(self)
 
+    @property
+    def device(self) -> torch.device:
+        """Where tokens go in, and where what comes from modules on several devices is brought together."""
+        weight: torch.Tensor = self.model.get_input_embeddings().weight
+        return weight.device
+
+    def devices(self) -> dict[str, torch.device]:
+        """Where each attributed module lies; every checkpoint's lies alike."""
+        checkpoint = self.checkpoints[-1]
+        found = _linear(self.models[checkpoint.name], self.adapters.get(checkpoint.name))
+        return {module.name: next(found[module.name].parameters()).device for module in self.attributed}
+
     def activate(self, checkpoint: Checkpoint) -> dict[str, nn.Module]:
         """Make a checkpoint the one that runs; its attributed modules by name."""
         self.model = self.models[checkpoint.name]
@@ -106,7 +124,7 @@ class LoadedModel:
         plain = not messages
         text = encoder.prefix(messages)
         inputs = self.tokenizer(text, add_special_tokens=encoder.special(plain), return_tensors="pt")
-        inputs = inputs.to(self.model.device)
+        inputs = inputs.to(self.device)
         start = inputs["input_ids"].shape[1]
         room = min(max_new_tokens, self.context_length - start)
         if room <= 0:
@@ -149,7 +167,9 @@ def load(spec: ModelSpec) -> LoadedModel:
             raise ModelError("a checkpoint's weight is a positive number", field=f"checkpoints.{number}.weight")
         if checkpoint.adapter is not None:
             _check_folder(checkpoint.adapter, f"checkpoints.{number}.adapter", weights="adapter_model.safetensors")
-    base = _read(spec.path, spec, "path", spec.gguf_file)
+    placed = dict(spec.device_map) or ("auto" if spec.device == "auto" else None)
+    base = _read(spec.path, spec, "path", placed, spec.gguf_file)
+    placed = getattr(base, "hf_device_map", None)  # whole models lie alike, so that a module is where its sketch is
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             spec.path,
@@ -166,23 +186,26 @@ def load(spec: ModelSpec) -> LoadedModel:
     for number, checkpoint in adapters.items():
         base = _with_adapter(base, checkpoint, number)
     models = {
-        c.name: base if c.model is None else _read(c.model, spec, f"checkpoints.{number}.model")
+        c.name: base if c.model is None else _read(c.model, spec, f"checkpoints.{number}.model", placed)
         for number, c in enumerate(spec.checkpoints)
     }
     for model in models.values():
         model.requires_grad_(False)
         model.eval()
-        try:
-            model.to(spec.device)
-        except (RuntimeError, AssertionError) as error:  # torch raises either where there is no such device
-            raise ModelError(f"device '{spec.device}' cannot be used: {_short(error)}", field="device") from error
+        if placed is None:
+            try:
+                model.to("cpu" if spec.device == "auto" else spec.device)
+            except (RuntimeError, AssertionError) as error:  # torch raises either where there is no such device
+                raise ModelError(f"device '{spec.device}' cannot be used: {_short(error)}", field="device") from error
         for name, parameter in model.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise ModelError(f"the weights hold NaN or infinite values, first in {name}", field="path")
     return LoadedModel(spec, models, tokenizer, _fingerprint(spec, tokenizer))
 
 
-def _read(path: Path, spec: ModelSpec, field: str, gguf_file: str | None = None) -> Any:
+def _read(
+    path: Path, spec: ModelSpec, field: str, device_map: dict[str, Any] | str | None, gguf_file: str | None = None
+) -> Any:
     extra = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -191,15 +214,20 @@ def _read(path: Path, spec: ModelSpec, field: str, gguf_file: str | None = None)
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            device_map=device_map,
             **extra,
         )
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, AssertionError, TypeError, SafetensorError) as error:
         raise ModelError(f"the model cannot be loaded: {_short(error)}", field=field) from error
     model, report = loaded
     invented = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
     if invented:  # transformers would fill them with random numbers and go on
         detail = f"the folder lacks {len(invented)} of the model's weights, first {invented[0]}"
         raise ModelError(detail, field=field)
+    devices = {str(device) for device in getattr(model, "hf_device_map", {}).values()}
+    if "disk" in devices or ("cpu" in devices and len(devices) > 1):  # accelerate would fetch weights at every step
+        detail = f"the model does not fit into its devices ({', '.join(sorted(devices))}): give it more of them"
+        raise ModelError(detail, field="device")
     return model
 
 
@@ -321,7 +349,7 @@ def _calls(loaded: LoadedModel) -> dict[str, int]:
     handles = [module.register_forward_pre_hook(count(name)) for name, module in found.items()]
     try:
         with torch.no_grad():
-            ids = torch.arange(6).view(2, 3).to(loaded.spec.device) % loaded.model.config.get_text_config().vocab_size
+            ids = torch.arange(6).view(2, 3).to(loaded.device) % loaded.model.config.get_text_config().vocab_size
             loaded.model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:

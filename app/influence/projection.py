@@ -58,7 +58,7 @@ class Sketch(Protocol):
 
     place: slice
 
-    def to(self, device: str) -> Sketch:
+    def to(self, device: torch.device) -> Sketch:
         """The same on a device."""
 
     def keep(self, acts: torch.Tensor) -> torch.Tensor:
@@ -118,7 +118,7 @@ class Kronecker:
     p_in: torch.Tensor  # [p_in, d_in]
     place: slice
 
-    def to(self, device: str) -> Kronecker:
+    def to(self, device: torch.device) -> Kronecker:
         """The same on a device."""
         return Kronecker(self.p_out.to(device), self.p_in.to(device), self.place)
 
@@ -151,7 +151,7 @@ class CountSketch:
         self.buckets = ((high * size) >> 32).to(torch.int32)  # Lemire's range reduction: 32 + 24 bits fit in 63
         self.signs = ((low >> 31) * 2 - 1).to(torch.int8)
 
-    def to(self, device: str) -> CountSketch:
+    def to(self, device: torch.device) -> CountSketch:
         """The same on a device."""
         self.buckets, self.signs = self.buckets.to(device), self.signs.to(device)
         return self

@@ -57,7 +57,7 @@ class Cluster:
         try:
             import ray
         except ImportError as error:
-            raise SpecError("search_backend is ray, which is not installed: pip install 'headwater[ray]'") from error
+            raise SpecError("ray is asked for, but not installed: pip install 'headwater[ray]'") from error
         if ray.is_initialized():
             return
         try:

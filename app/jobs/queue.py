@@ -60,14 +60,16 @@ class Queue:
                     raise execution.schedule_exception
 
     @asynccontextmanager
-    async def worker(self, run: Callable[[], Awaitable[None]], name: str | None = None) -> AsyncIterator[None]:
-        """Do tasks, one at a time, inside this event loop for as long as the context lasts."""
+    async def worker(
+        self, run: Callable[[], Awaitable[None]], name: str | None = None, tasks: int = 1
+    ) -> AsyncIterator[None]:
+        """Do tasks, so many at a time, inside this event loop for as long as the context lasts."""
         self._run = run
         async with (
             Worker(
                 self._docket,
                 name=name,
-                concurrency=1,
+                concurrency=tasks,
                 redelivery_timeout=self._lease,
                 reconnection_delay=RECONNECT,
                 minimum_check_interval=CHECK,

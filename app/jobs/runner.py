@@ -20,7 +20,7 @@ from app.catalog.errors import CatalogError, Unavailable
 from app.catalog.tables import Job, Task
 from app.catalog.tasks import PLAN, PUBLISH
 from app.catalog.types import JobKind, JobState, TaskState
-from app.influence.errors import DiskFull, HeadwaterError
+from app.influence.errors import BuildersMissing, DiskFull, HeadwaterError
 from app.jobs.hold import Cancelled, Hold, Lost, Watch
 from app.jobs.progress import Meter, Progress, Step
 from app.jobs.service import JobService
@@ -252,7 +252,8 @@ def _must(held: bool) -> None:
 def _may_pass(failure: Exception) -> bool:
     """Whether doing it again may go well: not when the input is at fault, nor when somebody must make room."""
     full = isinstance(failure, OSError) and failure.errno in NO_ROOM
-    known = isinstance(failure, HeadwaterError | CatalogError) and not isinstance(failure, Unavailable)
+    away = isinstance(failure, Unavailable | BuildersMissing)
+    known = isinstance(failure, HeadwaterError | CatalogError) and not away
     return not full and not known
 
 

@@ -5,7 +5,7 @@ take. Whatever is lost on the way (a queue that is away, a worker that died) the
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from app.jobs.background import background
 from app.jobs.queue import Queue
 
 log = structlog.get_logger(__name__)
+FIRST = (0, 0)  # the number of a new job's task, and how often it was taken
 WINDOW = 64  # tasks of a job that are announced at a time
 MOST_JOBS = 256  # jobs that a sweep announces again, oldest first; the others have their turn later
 
@@ -58,11 +59,16 @@ class JobService:
         self._queue = queue
         self._task_retries = task_retries
 
-    async def announce(self, job_id: str) -> bool:
-        """Tell the workers of a job's queued tasks; False when that must wait for the next sweep."""
+    async def announce(self, job_id: str, *, new: bool = False) -> bool:
+        """Tell the workers of a job's queued tasks; False when that must wait for the next sweep.
+
+        `new`: the job was stored a moment ago, so that nobody need look which tasks those are.
+        """
         try:
-            async with self._database.catalog() as catalog:
-                tasks = await catalog.tasks.queued(job_id, WINDOW)
+            tasks: Sequence[tuple[int, int]] = [FIRST]
+            if not new:
+                async with self._database.catalog() as catalog:
+                    tasks = await catalog.tasks.queued(job_id, WINDOW)
             if tasks:
                 await self._queue.announce(job_id, tasks)
         except Exception as error:

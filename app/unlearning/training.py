@@ -273,7 +273,7 @@ class Unlearner:
         return torch.stack([each.mean() for each in target_losses(self.model, examples)])
 
     def _row_weights(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
-        return torch.tensor([row.weight for row in rows], device=self.model.spec.device)
+        return torch.tensor([row.weight for row in rows], device=self.model.device)
 
     def _rows(self, rows: int, each: int, number: int, salt: str) -> list[int]:
         """Places of the step's rows: pass after pass, each in an order of its own."""

@@ -19,13 +19,13 @@ from app.settings import Settings
 from tests.api.conftest import quick
 from tests.api.harness import Api, jsonl, must, problem, rows, serving, until
 from tests.conftest import Backend
-from tests.servers import PackagedPostgres, postgres_database
+from tests.servers import TestPostgres, postgres_database
 
 
 @pytest.fixture
-def server() -> Iterator[PackagedPostgres]:
+def server() -> Iterator[TestPostgres]:
     """A server of the test's own, to be stopped."""
-    server = PackagedPostgres()
+    server = TestPostgres()
     yield server
     server.remove()
 
@@ -55,7 +55,7 @@ def away(api: Api) -> None:
     assert int(refused.headers["retry-after"]) > 0
 
 
-def test_a_server_that_is_stopped_and_started(server: PackagedPostgres, tmp_path: Path) -> None:
+def test_a_server_that_is_stopped_and_started(server: TestPostgres, tmp_path: Path) -> None:
     with postgres_database(server.url) as url:
         asyncio.run(migrate(url))
         settings = quick(tmp_path, tmp_path, database_url=url, log_level="CRITICAL")

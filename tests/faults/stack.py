@@ -21,7 +21,7 @@ from sqlalchemy import make_url
 
 from app.catalog.database import Database
 from tests.api.harness import ENDED, Api, jsonl, must, rows, until
-from tests.servers import PackagedPostgres, PackagedRedis, postgres_database
+from tests.servers import TestPostgres, TestRedis, postgres_database
 
 ROOT = Path(__file__).resolve().parents[2]
 LEASE_S = 2.0  # soon over, where a worker is to be lost
@@ -69,7 +69,7 @@ class Stack:
     def __init__(self, folder: Path, model_dir: Path, stack: ExitStack) -> None:
         self.folder, self.model_dir = folder, model_dir
         self.data_dir = folder / "data"
-        self.postgres, self.redis = PackagedPostgres(), PackagedRedis()
+        self.postgres, self.redis = TestPostgres(), TestRedis()
         stack.callback(self.postgres.remove)
         stack.callback(self.redis.remove)
         self.database_url = stack.enter_context(postgres_database(self.postgres.url))

@@ -1,14 +1,11 @@
 """An index on a Ray cluster answers as the one in this process, to the last bit, whatever dies meanwhile."""
 
 import os
-import secrets
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,52 +21,9 @@ from app.influence.projection import ProjectionSpec
 from app.influence.sharded import AUTH, Cluster, ShardedIndex
 from tests.api.conftest import quick
 from tests.api.harness import jsonl, must, rows, serving
+from tests.influence.conftest import NODES, PATIENCE_S
 
-ROOT = Path(__file__).resolve().parents[2]
 SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=10, token_budget=400)
-PATIENCE_S = 180.0
-NODES = 3
-
-
-@pytest.fixture(scope="session")
-def nodes() -> Iterator[Any]:
-    """Three nodes, each with processes of its own, joined by a token."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv(AUTH, "token")
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        environment.setenv("PYTHONPATH", str(ROOT))
-        environment.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        environment.setenv("RAY_health_check_initial_delay_ms", "1000")
-        environment.setenv("RAY_health_check_period_ms", "500")
-        environment.setenv("RAY_health_check_failure_threshold", "3")
-        import ray
-        from ray.cluster_utils import Cluster as Nodes
-
-        made = Nodes(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-        for _ in range(NODES - 1):
-            made.add_node(num_cpus=1)
-        made.wait_for_nodes()
-        yield made
-        ray.shutdown()
-        made.shutdown()
-
-
-@pytest.fixture(scope="session")
-def stranger(nodes: Any) -> "Iterator[subprocess.Popen[str]]":
-    """Somebody who does not know the token and tries to join; Ray gives up after many seconds."""
-    code = f"from app.influence.sharded import Cluster; Cluster({nodes.address!r}).connect()"
-    environment = {**os.environ, "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    command = [sys.executable, "-c", code]
-    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
-        yield process
-        process.kill()
-
-
-@pytest.fixture(scope="session")
-def cluster(nodes: Any, stranger: Any) -> Cluster:
-    joined = Cluster(nodes.address, patience_s=PATIENCE_S)
-    joined.connect()
-    return joined
 
 
 @pytest.fixture(scope="module")
