@@ -53,9 +53,7 @@ class Adapter:
             except ValueError as error:
                 raise SpecError(f"no adapter fits this model: {error}", field="model") from error
         self.weights: dict[str, nn.Parameter] = {
-            key: weight
-            for key, weight in self.peft.named_parameters()
-            if f".{self.name}." in key and "lora_" in key
+            key: weight for key, weight in self.peft.named_parameters() if f".{self.name}." in key and "lora_" in key
         }
         for weight in self.weights.values():
             weight.requires_grad_(True)

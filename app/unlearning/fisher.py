@@ -1,4 +1,4 @@
-"""Selective synaptic dampening (Foster et al., 2024): weights that matter more to the forget rows than to all rows shrink.
+"""Selective synaptic dampening (Foster et al., 2024): weights that matter more to the forget rows than to all shrink.
 
 A weight's importance to some rows is the mean of its squared gradients, a row at a time (the diagonal of the empirical
 Fisher information of the rows' mean losses). A weight of importance F to the forget rows and D to all rows is selected

@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from safetensors import safe_open
@@ -113,9 +113,7 @@ class Unlearner:
         if spec.method in NEEDS_CLEAN and any(row.clean is None for row in self.forget):
             raise SpecError(f"{spec.method} needs a clean answer for every row to forget", field="clean")
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.adapter = Adapter(
-            self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed
-        )
+        self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
             self.adapter.forget_everything()
         if spec.method == "fisher" and not self.adapter.own:
