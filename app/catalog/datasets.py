@@ -1,6 +1,6 @@
 """The repository of datasets and their samples."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 from sqlalchemy import delete, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -113,7 +113,7 @@ class Datasets:
         Equal ids are equal texts, so any dataset's copy will do, among those whose metadata meet the conditions.
         """
         found: dict[str, Sample] = {}
-        for chunk in _chunks(row_ids):
+        for chunk in chunks(row_ids):
             query = (
                 select(Sample)
                 .join(IndexDataset, IndexDataset.dataset_id == Sample.dataset_id)
@@ -123,7 +123,8 @@ class Datasets:
         return found
 
 
-def _chunks(values: Collection[str]) -> Iterator[list[str]]:
+def chunks(values: Iterable[str]) -> Iterator[list[str]]:
+    """The values, each once, in lists that fit into one statement."""
     unique = list(dict.fromkeys(values))
     for start in range(0, len(unique), CHUNK):
         yield unique[start : start + CHUNK]

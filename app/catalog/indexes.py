@@ -51,17 +51,21 @@ class Indexes:
         return index
 
     async def require_idle(self, index_id: str) -> None:
-        """Raise while a job works on the index: two writers would race for its manifest.
+        """Raise while a job works on the index: two writers would race for its manifest, a reader would lose its files.
 
         On PostgreSQL whoever asks second waits until the first one's job is committed, or given up.
         """
-        if self._session.get_bind().dialect.name == "postgresql":
-            # no lock of the row: those who hold this one wait for others who write to it (that it is damaged)
-            await self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(index_id, 0))))
+        await self.lock(index_id)
         active = Job.state.in_((JobState.QUEUED, JobState.RUNNING))
         job = await self._session.scalar(select(Job.id).where(Job.index_id == index_id, active))
         if job is not None:
             raise Conflict(f"job {job} is working on index {index_id}: wait for it or cancel it", field="index")
+
+    async def lock(self, index_id: str) -> None:
+        """Let nobody else find out whether the index is idle before the commit; whoever submits a job on it does so."""
+        if self._session.get_bind().dialect.name == "postgresql":
+            # no lock of the row: those who hold this one wait for others who write to it (that it is damaged)
+            await self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(index_id, 0))))
 
     async def add(self, index: IndexRow) -> None:
         """Store a new index over its first dataset."""

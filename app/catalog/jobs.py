@@ -1,6 +1,6 @@
 """The repository of jobs: each change of a state is one conditional UPDATE, so that two writers cannot both win."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -8,6 +8,7 @@ from sqlalchemy import exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.expression import ColumnElement
 
+from app.catalog.datasets import chunks
 from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Job, Task
@@ -45,6 +46,13 @@ class Jobs:
         """Ids of unfinished jobs that an older version of the service submitted."""
         query = select(Job.id).where(Job.state.in_(ACTIVE), ~exists().where(Task.job_id == Job.id))
         return (await self._session.scalars(query)).all()
+
+    async def known(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that are a job's."""
+        found: set[str] = set()
+        for chunk in chunks(ids):
+            found |= set((await self._session.scalars(select(Job.id).where(Job.id.in_(chunk)))).all())
+        return found
 
     async def counts(self) -> dict[tuple[JobKind, JobState], int]:
         """How many jobs there are of each kind in each state."""

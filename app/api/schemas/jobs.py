@@ -18,6 +18,10 @@ class ProgressOut(BaseModel):
     unit: str = Field(description="What is counted.", examples=["rows"])
     rate: float | None = Field(description="Units a second since the stage began here.", examples=[7.4])
     eta_s: float | None = Field(description="Seconds that the stage will still take.", examples=[15.5])
+    metrics: dict[str, float] = Field(
+        default_factory=dict, description="What was measured last: losses, say.", examples=[{"forget": 2.9}]
+    )
+    note: str | None = Field(None, description="What there is to say, such as why it stopped early.", examples=[None])
 
 
 class JobError(BaseModel):
