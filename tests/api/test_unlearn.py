@@ -12,7 +12,7 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from app.api.schemas.unlearn import PARAMETERS, ByInfluenceIn, Mapping, Method, ParametersIn
+from app.api.schemas.unlearn import BETA, PARAMETERS, ByInfluenceIn, Mapping, Method, ParametersIn
 from app.api.unlearn import TARGETS
 from app.catalog.types import Scope
 from app.unlearning import adapter, training
@@ -186,7 +186,8 @@ def test_a_dry_run_shows_what_would_be_forgotten_and_kept_and_makes_no_job(asked
     assert [row["why"] for row in found["retain"]["rows"]] == ["by_influence"] * 2 + ["random"] * 6
     assert found["retain"]["count"] == 8
     assert not {*ids_of(found["forget"])} & {*ids_of(found["retain"])}
-    assert found["training"]["lr"] == 6e-5
+    assert (found["training"]["lr"], found["training"]["beta"]) == (6e-5, None)
+    assert preview(asked, method="simnpo")["training"]["beta"] == 2.5
     assert found["estimate"] == {"seconds": None, "how": "no rapidun job on this model has been measured yet"}
     assert must(asked.get("/jobs"))["items"] == before
     assert preview(asked) == found, "the same seed draws the same rows"
@@ -319,6 +320,7 @@ def test_methods_parameters_and_their_defaults_are_the_librarys() -> None:
     assert PARAMETERS.keys() == {*get_args(Method)}
     spec = vars(training.TrainingSpec())
     assert ParametersIn().model_dump() == {name: spec[name] for name in spec if name not in ("method", "seed")}
+    assert BETA == training.BETA
     assert {*get_args(Mapping)} == {*MAPPINGS}
     assert [*TARGETS] == adapter.TARGETS
     assert ByInfluenceIn.model_fields["top_k"].default == 10
