@@ -12,7 +12,7 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider
 
 from app import logs, problems, tracing
-from app.api import datasets, docs, documents, health, indexes, influence, jobs, models
+from app.api import artifacts, datasets, docs, documents, health, indexes, influence, jobs, models, unlearn
 from app.api.gather import Gatherer
 from app.api.guard import Guard
 from app.api.metrics import Metrics
@@ -73,7 +73,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "exclude": lambda scope: scope.get("path") in UNTRACED,
         },
     )
-    for resource in (influence, models, datasets, indexes, jobs, health, docs):
+    for resource in (influence, models, datasets, indexes, unlearn, jobs, artifacts, health, docs):
         app.include_router(resource.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
@@ -94,7 +94,7 @@ def _is_request_id(given: str) -> bool:
 async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Services]:
     """Everything that lives as long as the process, ended in the opposite order."""
     logs.configure(settings.log_level, settings.log_json)
-    for folder in (settings.data_dir, settings.indexes_dir, settings.uploads_dir):
+    for folder in (settings.data_dir, settings.indexes_dir, settings.artifacts_dir, settings.uploads_dir):
         folder.mkdir(parents=True, exist_ok=True)
     await asyncio.to_thread(_remove_half_uploads, settings.uploads_dir)
     async with AsyncExitStack() as stack:
@@ -130,7 +130,7 @@ async def _services(settings: Settings, metrics: Metrics) -> AsyncIterator[Servi
         stack.push_async_callback(gatherer.close)
         queue = await stack.enter_async_context(Queue(settings.queue_url, settings.queue_name, settings.lease_s))
         service = JobService(database, queue, task_retries=settings.task_retries)
-        await reconcile(database, service, settings.indexes_dir)
+        await reconcile(database, service, settings.indexes_dir, settings.artifacts_dir)
         if settings.embedded_worker:
             counters = JobMetrics(metrics.registry)
             await stack.enter_async_context(working(settings, database, compute, queue, service, counters))

@@ -32,7 +32,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="HEADWATER_", env_file=".env", extra="ignore", frozen=True)
 
-    data_dir: Path = Field(Path("data"), description="Folder that holds the database, the indexes and the uploads.")
+    data_dir: Path = Field(
+        Path("data"), description="Folder that holds the database, the indexes, what jobs make, and the uploads."
+    )
     database_url: str = Field(
         "",
         repr=False,
@@ -208,6 +210,11 @@ class Settings(BaseSettings):
     def indexes_dir(self) -> Path:
         """Where indexes live, one folder each."""
         return self.data_dir.resolve() / "indexes"
+
+    @property
+    def artifacts_dir(self) -> Path:
+        """Where what jobs make lies, one folder each."""
+        return self.data_dir.resolve() / "artifacts"
 
     @property
     def uploads_dir(self) -> Path:

@@ -40,7 +40,8 @@ async def _work(settings: Settings, console: Console | None) -> None:
     ended = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, ended.set)
-    settings.indexes_dir.mkdir(parents=True, exist_ok=True)
+    for folder in (settings.indexes_dir, settings.artifacts_dir):
+        folder.mkdir(parents=True, exist_ok=True)
     async with AsyncExitStack() as stack:
         database = Database(settings.catalog_url, patience_s=settings.catalog_patience_s, **settings.database_pool)
         stack.push_async_callback(database.close)
@@ -65,7 +66,7 @@ async def _work(settings: Settings, console: Console | None) -> None:
         if console:
             console.print(f"[bold]{name}[/bold] is ready for tasks; Ctrl-C ends it after its step.")
         log.info("worker ready", worker=name)
-        compare = partial(reconcile, database, jobs, settings.indexes_dir)
+        compare = partial(reconcile, database, jobs, settings.indexes_dir, settings.artifacts_dir)
         await compare()
         await stack.enter_async_context(repeating(compare, settings.reconcile_interval_s))
         await stack.enter_async_context(jobs.sweeping(settings.sweep_interval_s))

@@ -29,16 +29,7 @@ TEMPLATE = (
 )
 
 
-SLOW = (
-    "faults",
-    "test_contract",
-    "test_stack",
-    "test_demo",
-    "test_sharded",
-    "test_builders",
-    "test_damage",
-    "test_restart",
-)
+SLOW = ("faults", "contract", "stack", "demo", "sharded", "builders", "damage", "restart", "test_running")
 """Files that take longest, which are begun first (`make test` gives each file to one process)."""
 
 

@@ -6,6 +6,7 @@ every worker finds the same again in the catalog and on the shared disk.
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from app.influence.building import (
     unfinished,
 )
 from app.influence.corpus import Row, row_from_json
-from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch
+from app.influence.errors import IndexCorrupt, IndexMissing
 from app.influence.index import IndexSpec, Manifest, check, publish, read_manifest
 from app.influence.models import LoadedModel, ModelSpec
 from app.jobs.compute import Compute
@@ -41,6 +42,7 @@ from app.jobs.progress import Step
 from app.jobs.runner import Planned
 from app.jobs.specs import index_from_json, model_from_json
 from workers.engines import Engine
+from workers.same import require_same
 
 Result = TypeVar("Result")
 DAMAGE = (IndexCorrupt, IndexMissing)
@@ -97,12 +99,9 @@ class IndexWork:
         return await self._engine.run(*_checked(index, work))
 
     async def _walk(self, index: IndexRow, work: Callable[[LoadedModel], Iterator[Progress]]) -> AsyncGenerator[Step]:
-        steps = self._engine.walk(*_checked(index, work))
-        try:
+        async with aclosing(self._engine.walk(*_checked(index, work))) as steps:
             async for progress in steps:
                 yield _step(progress)
-        finally:
-            await steps.aclose()
 
     def _path(self, index: IndexRow) -> Path:
         return self._indexes_dir / index.id
@@ -244,13 +243,7 @@ def _checked(
 
 
 def _if_same(name: str, was: Mapping[str, str], work: Callable[[LoadedModel], Result], model: LoadedModel) -> Result:
-    is_now = model.fingerprint
-    differs = {part: (was.get(part, ""), is_now.get(part, "")) for part in {*was, *is_now}}
-    differs = {part: pair for part, pair in differs.items() if pair[0] != pair[1]}
-    if differs:
-        parts = ", ".join(sorted(differs))
-        detail = f"model {name!r} changed on disk since it was registered ({parts}): register it anew"
-        raise Mismatch(detail, field="model", differs=differs)
+    require_same(f"model {name!r}", was, model.fingerprint)
     return work(model)
 
 

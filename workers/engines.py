@@ -1,11 +1,11 @@
 """Where a job's work with a model is done: in this process's torch thread, or on builders of a Ray cluster."""
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from app.influence.builders import Crew, Share
 from app.influence.building import Progress
@@ -13,6 +13,7 @@ from app.influence.models import LoadedModel, ModelSpec
 from app.influence.sharded import Cluster
 from app.jobs.compute import Compute
 from app.settings import Settings
+from workers.walking import Run, walk
 
 Result = TypeVar("Result")
 
@@ -47,8 +48,9 @@ class InProcess:
         self, spec: ModelSpec, work: Callable[[LoadedModel], Iterator[Progress]]
     ) -> AsyncGenerator[Progress]:
         """Each step in the torch thread."""
-        async for progress in _one_by_one(await self.run(spec, work), self._compute.run):
-            yield progress
+        async with aclosing(walk(await self.run(spec, work), self._compute.run)) as steps:
+            async for progress in steps:
+                yield progress
 
 
 class OnRay:
@@ -69,11 +71,9 @@ class OnRay:
     ) -> AsyncGenerator[Progress]:
         """Each step on the same builder."""
         with _thread() as run:
-            async for progress in _one_by_one(self._crew.walk(spec, work), run):
-                yield progress
-
-
-Run = Callable[[Callable[[], Any]], Awaitable[Any]]
+            async with aclosing(walk(self._crew.walk(spec, work), run)) as steps:
+                async for progress in steps:
+                    yield progress
 
 
 @contextmanager
@@ -84,20 +84,6 @@ def _thread() -> Iterator[Run]:
         yield partial(asyncio.get_running_loop().run_in_executor, thread)
     finally:
         thread.shutdown(wait=False)
-
-
-async def _one_by_one(steps: Iterator[Progress], run: Run) -> AsyncGenerator[Progress]:
-    try:
-        while (progress := await run(partial(next, steps, None))) is not None:
-            yield progress
-    finally:
-        await run(partial(_close, steps))
-
-
-def _close(steps: Iterator[Progress]) -> None:
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()
 
 
 @asynccontextmanager

@@ -7,6 +7,7 @@ published, leftovers go. What cannot is said: an index whose files are missing o
 
 import asyncio
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from app.jobs.service import JobService, Swept
 from workers.build_index import GRADIENTS, part_of_task
 
 log = structlog.get_logger(__name__)
+SUBMISSION_S = 3600.0  # longer than any request takes
 
 
 @dataclass
@@ -34,7 +36,7 @@ class Found:
     indexes_published: list[str] = field(default_factory=list)  # the files were newer than the catalog
     indexes_damaged: list[str] = field(default_factory=list)  # now corrupt: a repair helps
     indexes_unseen: list[str] = field(default_factory=list)  # all of them: this is not their disk, nothing is marked
-    folders_removed: list[str] = field(default_factory=list)  # of indexes that are no more
+    folders_removed: list[str] = field(default_factory=list)  # of indexes and jobs that are no more
     folders_unknown: list[str] = field(default_factory=list)  # left alone: this may be the wrong catalog
 
     @property
@@ -45,10 +47,10 @@ class Found:
         return any(found.values())
 
 
-async def reconcile(database: Database, jobs: JobService, indexes_dir: Path) -> Found:
+async def reconcile(database: Database, jobs: JobService, indexes_dir: Path, artifacts_dir: Path) -> Found:
     """Compare, put right, and log what was found."""
     found = Found(await jobs.recover())
-    await _folders(database, indexes_dir, found)
+    await _folders(database, indexes_dir, artifacts_dir, found)
     await _tasks(database, indexes_dir, found)
     await _indexes(database, indexes_dir, found)
     say = log.warning if found.anything else log.info
@@ -56,14 +58,21 @@ async def reconcile(database: Database, jobs: JobService, indexes_dir: Path) -> 
     return found
 
 
-async def _folders(database: Database, indexes_dir: Path, found: Found) -> None:
-    """Remove what a crash in the middle of a deletion left: folders of indexes that the catalog does not know.
+async def _folders(database: Database, indexes_dir: Path, artifacts_dir: Path, found: Found) -> None:
+    """Remove what a crash in the middle of a deletion or a submission left: folders that the catalog does not know.
 
-    A catalog without a model has made none of them: then this is the wrong database, and nothing is touched.
+    A catalog without a model has made none of them: then this is the wrong database, and nothing is touched. The files
+    of a job are there before its row is; a folder so young may be that of a job which is submitted at this moment.
     """
-    folders = await asyncio.to_thread(lambda: list(indexes_dir.glob("idx_*")))  # first: a new index may come between
+
+    def look() -> list[Path]:
+        settled = [one for one in artifacts_dir.glob("job_*") if time.time() - one.stat().st_mtime > SUBMISSION_S]
+        return [*indexes_dir.glob("idx_*"), *settled]
+
+    folders = await asyncio.to_thread(look)  # first: a new index may come between
     async with database.catalog() as catalog:
-        known, models = await catalog.indexes.ids(), await catalog.models.page(1, None)
+        indexes, models = await catalog.indexes.ids(), await catalog.models.page(1, None)
+        known = indexes | await catalog.jobs.known(folder.name for folder in folders)
     for folder in folders:
         if folder.name in known:
             continue

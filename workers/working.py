@@ -31,7 +31,9 @@ async def working(
     name = f"{socket.gethostname()}-{secrets.token_hex(3)}"  # a process number says little across machines
     limits = Limits(**{field: getattr(settings, field) for field in Limits.__dataclass_fields__})
     async with engine(settings, compute) as model_work:
-        bodies = counted(make_bodies(database, compute, model_work, settings.indexes_dir), counters)
+        bodies = counted(
+            make_bodies(database, compute, model_work, settings.indexes_dir, settings.artifacts_dir), counters
+        )
         runners = [Runner(database, bodies, jobs, limits, worker=name, watch=watch) for _ in range(model_work.tasks)]
         free = list(runners)
 

@@ -51,13 +51,11 @@ class Indexes:
         return index
 
     async def require_idle(self, index_id: str) -> None:
-        """Raise while a job works on the index: two writers would race for its manifest.
+        """Raise while a job works on the index: two writers would race for its manifest, a reader would lose its files.
 
         On PostgreSQL whoever asks second waits until the first one's job is committed, or given up.
         """
-        if self._session.get_bind().dialect.name == "postgresql":
-            # no lock of the row: those who hold this one wait for others who write to it (that it is damaged)
-            await self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(index_id, 0))))
+        await self.lock(index_id)
         active = Job.state.in_((JobState.QUEUED, JobState.RUNNING))
         job = await self._session.scalar(select(Job.id).where(Job.index_id == index_id, active))
         if job is not None:
@@ -93,6 +91,12 @@ class Indexes:
         if taken:
             raise AlreadyExists(f"an index named {name!r} exists already", field="name")
         return found, rows, kept
+
+    async def lock(self, index_id: str) -> None:
+        """Let nobody else find out whether the index is idle before the commit; whoever submits a job on it does so."""
+        if self._session.get_bind().dialect.name == "postgresql":
+            # no lock of the row: those who hold this one wait for others who write to it (that it is damaged)
+            await self._session.execute(select(func.pg_advisory_xact_lock(func.hashtextextended(index_id, 0))))
 
     async def add(self, index: IndexRow) -> None:
         """Store a new index over its first dataset; its name must be free."""
@@ -134,6 +138,11 @@ class Indexes:
         if await self._session.get(IndexDataset, (index_id, dataset_id)) is None:
             self._session.add(IndexDataset(index_id=index_id, dataset_id=dataset_id))
             await self._session.flush()
+
+    async def datasets(self, index_id: str) -> Sequence[str]:
+        """Ids of the datasets that the index takes rows from."""
+        query = select(IndexDataset.dataset_id).where(IndexDataset.index_id == index_id)
+        return (await self._session.scalars(query.order_by(IndexDataset.dataset_id))).all()
 
     async def remove(self, index: IndexRow) -> None:
         """Forget the index and the rows that were written into its own requests; its finished jobs stay as history."""

@@ -1,6 +1,6 @@
 """The repository of jobs: each change of a state is one conditional UPDATE, so that two writers cannot both win."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from typing import Any
 
@@ -8,6 +8,7 @@ from sqlalchemy import exists, func, select, update
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.sql.expression import ColumnElement
 
+from app.catalog.datasets import chunks
 from app.catalog.errors import NotFound
 from app.catalog.pages import Page, newest_first
 from app.catalog.tables import Job, Task
@@ -42,10 +43,22 @@ class Jobs:
         where = [] if state is None else [Job.state == state]
         return await newest_first(self._session, Job, *where, limit=limit, cursor=cursor)
 
+    async def succeeded(self, kind: JobKind, model_id: str, most: int) -> Sequence[Job]:
+        """The latest jobs of a kind on a model that went well."""
+        mine = Job.kind == kind, Job.model_id == model_id, Job.state == JobState.SUCCEEDED
+        return (await self._session.scalars(select(Job).where(*mine).order_by(Job.id.desc()).limit(most))).all()
+
     async def without_tasks(self) -> Sequence[str]:
         """Ids of unfinished jobs that an older version of the service submitted."""
         query = select(Job.id).where(Job.state.in_(ACTIVE), ~exists().where(Task.job_id == Job.id))
         return (await self._session.scalars(query)).all()
+
+    async def known(self, ids: Iterable[str]) -> set[str]:
+        """Those of the ids that are a job's."""
+        found: set[str] = set()
+        for chunk in chunks(ids):
+            found |= set((await self._session.scalars(select(Job.id).where(Job.id.in_(chunk)))).all())
+        return found
 
     async def counts(self) -> dict[tuple[JobKind, JobState], int]:
         """How many jobs there are of each kind in each state."""

@@ -18,6 +18,7 @@ INLINE = "request"  # the source of rows that were written into a request
 Json = JSON().with_variant(JSONB(), "postgresql")
 
 ACTIVE = text("state IN ('queued', 'running')")
+WRITING = text("state IN ('queued', 'running') AND kind IN ('build_index', 'append_samples', 'repair_index')")
 
 NAMING = {
     "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -134,12 +135,17 @@ class IndexDataset(Base):
 
 
 class Job(Base):
-    """A piece of long work, which workers do in tasks."""
+    """A piece of long work, which workers do in tasks.
+
+    It works on an index, or on a model without one, or on both; `params` keeps the ids under `index` and `model`, the
+    columns lose them when the thing is deleted. `makes_model` is the name under which it registers what it makes.
+    """
 
     __tablename__ = "jobs"
     __table_args__ = (
         # Two writers would race for an index's manifest, and two API processes may be asked at the same moment.
-        Index("uq_jobs_index_id_active", "index_id", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
+        Index("uq_jobs_index_id_active", "index_id", unique=True, sqlite_where=WRITING, postgresql_where=WRITING),
+        Index("uq_jobs_makes_model_active", "makes_model", unique=True, sqlite_where=ACTIVE, postgresql_where=ACTIVE),
     )
 
     id: Mapped[str] = mapped_column(String(40), primary_key=True)
@@ -147,6 +153,8 @@ class Job(Base):
     state: Mapped[JobState] = mapped_column(default=JobState.QUEUED, index=True)
     cancel_requested: Mapped[bool] = mapped_column(default=False)
     index_id: Mapped[str | None] = mapped_column(ForeignKey("indexes.id", ondelete="SET NULL"), index=True)
+    model_id: Mapped[str | None] = mapped_column(ForeignKey("models.id", ondelete="SET NULL"), index=True)
+    makes_model: Mapped[str | None] = mapped_column(String(100))
     params: Mapped[dict[str, Any]]
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     result: Mapped[dict[str, Any]] = mapped_column(default=dict)

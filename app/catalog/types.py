@@ -39,6 +39,13 @@ class JobKind(StrEnum):
     BUILD_INDEX = "build_index"
     APPEND_SAMPLES = "append_samples"
     REPAIR_INDEX = "repair_index"
+    UNLEARN = "unlearn"
+    VALUATION = "valuation"
+
+    @property
+    def writes_index(self) -> bool:
+        """It changes the files of the index that it works on; the others only read them, if they have one at all."""
+        return self in (JobKind.BUILD_INDEX, JobKind.APPEND_SAMPLES, JobKind.REPAIR_INDEX)
 
 
 class IndexState(StrEnum):

@@ -91,7 +91,7 @@ class Hold:
             return None
         if not await catalog.tasks.beat(self._task, self._lease_s, **columns):
             return None
-        progress = self._meter.read(await catalog.tasks.total(self._job.id))
+        progress = self._meter.read(await catalog.tasks.total(self._job.id), self._step)
         await catalog.jobs.progress(self._job.id, progress.to_dict())
         self._cancelled = (await catalog.jobs.get(self._job.id)).cancel_requested
         return progress

@@ -2,8 +2,8 @@
 
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from app.catalog.tasks import Total
@@ -15,7 +15,8 @@ WINDOW_S = 60.0  # a rate is that of the last minute
 class Step:
     """What a body says after each step of a task: `done` is what people count, `work` what the time goes by (tokens).
 
-    `resumed`: an earlier run had done it, so that it does not count as speed.
+    `resumed`: an earlier run had done it, so that it does not count as speed. A task with stages of its own names
+    the `stage` and what it counts (`unit`); `metrics` is what it measured (losses), `note` what there is to say.
     """
 
     done: int
@@ -23,6 +24,10 @@ class Step:
     work: int | None = None
     total_work: int | None = None
     resumed: bool = False
+    stage: str | None = None
+    unit: str = "rows"
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    note: str | None = None
 
     def to_columns(self) -> dict[str, int]:
         """As the task's row keeps it."""
@@ -42,6 +47,8 @@ class Progress:
     unit: str
     rate: float | None  # units a second
     eta_s: float | None
+    metrics: Mapping[str, float] = field(default_factory=dict)  # as last measured
+    note: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As the row keeps it."""
@@ -55,13 +62,22 @@ class Meter:
         self._clock = clock
         self._stage = ""
         self._seen: deque[tuple[float, int, int]] = deque()
+        self._metrics: Mapping[str, float] = {}
+        self._note: str | None = None
 
-    def read(self, total: Total, unit: str = "rows") -> Progress:
-        """The progress now."""
+    def read(self, total: Total, step: Step | None = None) -> Progress:
+        """The progress now; `step` is the last one of the task that this worker does."""
         now = self._clock()
+        unit = "rows"
+        if step is not None:
+            unit, total = step.unit, replace(total, stage=step.stage or total.stage)
         if total.stage != self._stage or (self._seen and total.fresh_work < self._seen[-1][2]):  # or a task was lost
+            if total.stage != self._stage:
+                self._note = None
             self._stage = total.stage
             self._seen.clear()
+        if step is not None:
+            self._metrics, self._note = step.metrics or self._metrics, step.note or self._note
         self._seen.append((now, total.fresh_done, total.fresh_work))
         while now - self._seen[0][0] > WINDOW_S and len(self._seen) > 2:
             self._seen.popleft()
@@ -69,4 +85,5 @@ class Meter:
         elapsed = now - began
         rate = (total.fresh_done - done) / elapsed if elapsed > 0 and total.fresh_done > done else None
         pace = (total.fresh_work - work) / elapsed if elapsed > 0 and total.fresh_work > work else None
-        return Progress(total.stage, total.done, total.total, unit, rate, total.work_left / pace if pace else None)
+        eta_s = total.work_left / pace if pace else None
+        return Progress(total.stage, total.done, total.total, unit, rate, eta_s, dict(self._metrics), self._note)

@@ -119,12 +119,16 @@ class JobService:
             return await catalog.jobs.get(job_id)
 
     async def retry(self, job_id: str) -> Job:
-        """Queue a failed or cancelled job once more; it goes on from the shards that it finished."""
+        """Queue a failed or cancelled job once more; it goes on from what it finished."""
         async with self._database.catalog() as catalog:
             job = await catalog.jobs.get(job_id)
-            if job.index_id is None:
-                raise Conflict(f"the index of job {job_id} is gone", field="job")
-            await catalog.indexes.require_idle(job.index_id)
+            for what, there in (("index", job.index_id), ("model", job.model_id)):
+                if there is None and (what in job.params or (what == "index" and job.kind.writes_index)):
+                    raise Conflict(f"the {what} of job {job_id} is gone", field="job")
+            if job.index_id is not None and job.kind.writes_index:
+                await catalog.indexes.require_idle(job.index_id)
+            if job.makes_model is not None:
+                await catalog.models.require_free(job.makes_model, "job", but=job.id)
             if not await catalog.jobs.retry(job_id):
                 raise Conflict(
                     f"job {job_id} is {job.state}: only a failed or cancelled one can run again", field="job"

@@ -52,7 +52,7 @@ def test_events_follow_a_job_to_its_end(api: Api, tiny_model_dir: Path) -> None:
     done = [event["data"]["progress"]["done"] for event in seen if event["data"]["progress"]]
     assert done[-1] == 200
     job = seen[-1]["data"]
-    assert job["progress"].keys() == {"stage", "done", "total", "unit", "rate", "eta_s"}
+    assert job["progress"].keys() == {"stage", "done", "total", "unit", "rate", "eta_s", "metrics", "note"}
     assert job["result"]["rows"] == 200
 
 

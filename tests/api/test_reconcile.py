@@ -1,6 +1,7 @@
 """At its start the service compares what the catalog says with what is there."""
 
 import asyncio
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,21 @@ def test_a_disk_that_holds_no_index_at_all_is_the_wrong_one(serve: Any, tiny_mod
     must(api.post("/influence", json=ask))
 
 
+def test_artifacts_of_no_job_are_removed_once_they_are_old_enough(
+    serve: Any, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    serve().ready(tiny_model_dir)
+    for name in ("job_gone", "job_submitted_now"):
+        (tmp_path / "artifacts" / name).mkdir()
+        (tmp_path / "artifacts" / name / "plan.json").write_bytes(b"{}")
+    os.utime(tmp_path / "artifacts" / "job_gone", (0, 0))
+    mine = must(serve().get("/jobs"))["items"][0]["id"]
+    (tmp_path / "artifacts" / mine).mkdir()
+    os.utime(tmp_path / "artifacts" / mine, (0, 0))
+    serve()
+    assert {one.name for one in (tmp_path / "artifacts").iterdir()} == {mine, "job_submitted_now"}
+
+
 async def test_a_finished_task_without_its_shard_is_done_again(database: Database, tmp_path: Path) -> None:
     facts = Dataset(id=new_id("dst"), name="facts", source="here", columns={}, rows=0, content_hash="0")
     model = Model(id=new_id("mdl"), name="m", spec={}, fingerprint={}, attributed=[], skipped=[], context_length=1)
@@ -54,10 +70,10 @@ async def test_a_finished_task_without_its_shard_is_done_again(database: Databas
         await catalog.tasks.add([shard, last])
         await catalog.commit()
     async with Queue("memory://") as queue:
-        found = await reconcile(database, JobService(database, queue), tmp_path)
+        found = await reconcile(database, JobService(database, queue), tmp_path, tmp_path)
         assert found.tasks_without_files == [f"{job.id}:1"]
         assert found.anything
-        again = await asyncio.wait_for(reconcile(database, JobService(database, queue), tmp_path), 30)
+        again = await asyncio.wait_for(reconcile(database, JobService(database, queue), tmp_path, tmp_path), 30)
     assert not again.anything
     async with database.catalog() as catalog:
         states = [task.state for task in await catalog.tasks.of_job(job.id)]

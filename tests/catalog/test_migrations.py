@@ -142,6 +142,22 @@ async def test_rows_survive_the_way_down_to_the_first_revision_and_up_again(url:
 FILLED = ("datasets", "idempotency_keys", "index_datasets", "indexes", "jobs", "models", "samples")
 
 
+async def test_on_the_way_down_jobs_go_that_the_older_code_does_not_know(url: str) -> None:
+    async with opened(url) as database:
+        await database.migrate()
+        await fill(database)
+        async with database.catalog() as catalog:
+            model, index = await catalog.models.get("tiny"), await catalog.indexes.get("idx")
+            for kind, state in ((JobKind.UNLEARN, JobState.QUEUED), (JobKind.VALUATION, JobState.RUNNING)):
+                about = {"model_id": model.id, "index_id": index.id, "makes_model": kind.value}
+                await catalog.jobs.add(Job(id=new_id("job"), kind=kind, state=state, params={}, **about))
+            await catalog.commit()
+        await database.migrate("0005")
+        kept = await content(url)
+        assert [job["kind"] for job in kept["jobs"]] == ["build_index"]
+        assert {task["job_id"] for task in kept["tasks"]} == {kept["jobs"][0]["id"]}
+
+
 async def test_the_migrated_schema_is_the_models(url: str) -> None:
     async with opened(url) as database:
         await database.migrate()
