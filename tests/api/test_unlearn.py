@@ -183,6 +183,18 @@ def test_a_request_without_an_index_names_a_model_and_its_rows(ready: Api) -> No
     assert (job["state"], job["index"]) == ("succeeded", None), job
 
 
+def test_a_request_whose_file_was_changed_is_not_done(ready: Api) -> None:
+    ahead, waiting = submit(ready, parameters={**QUICK, "epochs": 500}), submit(ready)
+    file = ready.app.state.services.settings.artifacts_dir / waiting / "request.json"
+    file.write_text(file.read_text().replace("graddiff", "npo"))
+    must(ready.post(f"/jobs/{ahead}/cancel"), 202)
+    job = ready.wait(waiting)
+    assert (job["state"], job["error"]["code"], job["error"]["field"]) == ("failed", "SpecError", "request.json")
+    file.unlink()
+    must(ready.post(f"/jobs/{waiting}/retry"), 202)
+    assert ready.wait(waiting)["error"]["code"] == "SpecError"
+
+
 # --- what would be done
 
 
