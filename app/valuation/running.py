@@ -544,14 +544,14 @@ class _Run:
                 f"{without} rows have no response token within the limit or no finite loss: no value"
             )
         labelled = int(self.labelled.sum())
-        teacher = {"route": self.teacher.route, "probe_error": self.teacher.probe_error, "rows": labelled}
+        teacher: dict[str, Any] = {"route": self.teacher.route, "probe_error": self.teacher.probe_error}
         if self.spec.method == "alinfik" and self.spec.student.form == "pairs":
-            teacher = {"route": "projected pairs", "projection": asdict(SKETCH), "rows": labelled}
+            teacher = {"route": "projected pairs", "projection": asdict(SKETCH)}
         self.report = {
             "method": self.spec.method,
             "normalize": self.spec.normalize,
             "groups": {name: len(rows) for name, rows in self.plan.groups.items()},
-            "teacher": teacher,
+            "teacher": {**teacher, "rows": labelled},
             **self.report,
             "summary": summary(self.rows, self.values[:, 0]),
             "warnings": self.plan.warnings,
@@ -568,4 +568,5 @@ class _Run:
 
 def _at(places: Places, block: slice) -> Places:
     """Those of sorted places that lie in a block, counted from its start."""
-    return places[np.searchsorted(places, block.start) : np.searchsorted(places, block.stop)] - block.start
+    found: Places = places[np.searchsorted(places, block.start) : np.searchsorted(places, block.stop)] - block.start
+    return found
