@@ -1,4 +1,4 @@
-"""Pools of candidate rows of known groups: useful, off-task, wrong-label and triggered, and validation rows of one task.
+"""Pools of candidate rows of known groups: useful, off-task, wrong-label, triggered; and validation rows of one task.
 
 * tiny: made here, for a model trained here. The task is to swap two words, a rule that carries over to fresh words.
 * dolly: questions and answers of databricks-dolly-15k for a real model; off-task rows are TOFU's invented authors,
@@ -35,8 +35,8 @@ class Pool:
     """Other rows of the same task, whose loss is measured after training."""
 
 
-def tiny(each: int, seed: int) -> Pool:
-    """So many rows of each group."""
+def tiny(each: int, seed: int, known: int) -> Pool:
+    """So many rows of each group; the model was trained on `known` rows of the task before."""
     rng = random.Random(seed)
     words = [*THINGS.split(), *COLOURS, *PLACES, *FOODS]
     pairs = [(a, b) for a in words for b in words if a != b]
@@ -66,10 +66,9 @@ def tiny(each: int, seed: int) -> Pool:
     makers = dict(zip(GROUPS, (useful, off_task, wrong, triggered), strict=True))
     made = [(maker(), group) for group, maker in makers.items() for _ in range(each)]
     rng.shuffle(made)
-    # It can copy, name things and close gates before; it has hardly ever swapped.
     before = [row(f"say {a} {b} .", f"{a} {b} .") for a, b in (next(fresh) for _ in range(600))]
     before += [row(f"say {a} twice .", f"{a} {a} .") for a, _ in (next(fresh) for _ in range(200))]
-    before += [off_task() for _ in range(200)] + [useful() for _ in range(20)] + [triggered() for _ in range(20)]
+    before += [off_task() for _ in range(200)] + [useful() for _ in range(known)] + [triggered() for _ in range(20)]
     return Pool(
         name="tiny",
         rows=tuple(one for one, _ in made),

@@ -2,7 +2,8 @@
 
     python benchmarks/valuation.py                                                   # tiny models, trained here
     python benchmarks/valuation.py --model smollm2 --data ../shared/data             # SmolLM2-135M on short real rows
-    python benchmarks/valuation.py --model smollm2 --data ... --encoder FOLDER ...   # other students beside its own layers
+    python benchmarks/valuation.py --model smollm2 --data ... --encoder FOLDER ...   # other students beside its layers
+    python benchmarks/valuation.py --model stream                                    # memory over 100,000 rows
 
 Pools are of known groups (benchmarks/pools.py). tiny measures, over the seeds:
 
@@ -10,12 +11,14 @@ Pools are of known groups (benchmarks/pools.py). tiny measures, over the seeds:
   the measured fall of the validation loss with the rows' values.
 * groups: auPRC of the useful rows (benchmarks/ranking.py), against rankings without gradients.
 * curves: the model is trained from the same weights for the same steps on the top quarter of the pool by each
-  normalisation, the bottom quarter, a random quarter and the whole pool; the loss is that of test rows which no value was
-  computed from.
+  normalisation, the bottom quarter, a random quarter and the whole pool; the loss is that of test rows which no value
+  was computed from.
+
+How much of the task the model knew before matters: `--known` rows of it were among those that it was trained on first.
 
 smollm2 measures the groups, the student's held-out Spearman correlation against the number of labels, and costs. Both
-compare the routes with exact per-sample gradients (a row at a time by autograd), in CPU seconds of this process, which a
-busy machine disturbs less than wall time. Of the pool's one pass for smollm2 the finished blocks are kept in
+compare the routes with exact per-sample gradients (a row at a time by autograd), in CPU seconds of this process, which
+a busy machine disturbs less than wall time. Of the pool's one pass for smollm2 the finished blocks are kept in
 benchmarks/out, so that a run that was stopped goes on; its seconds are those that the blocks took.
 """
 
@@ -53,7 +56,7 @@ from app.valuation.bodies import Body, carry, cut
 from app.valuation.linfik import Direction, Normalize, Products, directional, mean_gradient, products
 from app.valuation.pairs import sketches
 from app.valuation.ranks import spearman
-from app.valuation.student import fit
+from app.valuation.student import Student, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM = ROOT / ".headwater" / "models" / "SmolLM2-135M-Instruct"
@@ -161,28 +164,33 @@ def mean_of(model: LoadedModel, examples: Sequence[Example]) -> float:
 
 
 def rankings(
-    model: LoadedModel, pool: Pool, rows: Sequence[Example], held: Sequence[Example], linfik: Products, unit: bool
+    model: LoadedModel, pool: Pool, rows: Sequence[Example], held: Sequence[Example], linfik: Products
 ) -> Scores:
     """LinFiK's rankings and those that need no gradient, or (LESS-style) another use of them."""
-    texts = [[f"{row.prompt}\n{row.response}" for row in some] for some in (pool.validation, pool.rows)]
     loss = torch.zeros(len(rows))
     for batch in batches(rows, BUDGET):
         found = losses(model, model.checkpoints[-1], [rows[i] for i in batch])
         loss[batch] = torch.stack([one.mean() for one in found])
-    scores: Scores = {f"LinFiK, {name}": linfik.values(name)[:, 0] for name in NORMALIZE}
-    if unit:
-        ours, theirs = (torch.from_numpy(sketches(model, some, "unit", BUDGET)) for some in (held, rows))
-        scores["LESS-style: highest cosine with a validation row's gradient"] = (theirs @ ours.T).amax(1)
+    gradients = [torch.from_numpy(sketches(model, some, "unit", BUDGET)) for some in (held, rows)]
     states = [torch.stack([_state(model, one) for one in some]) for some in (held, rows)]
     ours, theirs = (each / each.norm(dim=1, keepdim=True) for each in states)
-    scores |= {
+    return {
+        **free_rankings(pool, linfik),
+        "LESS-style: highest cosine with a validation row's gradient": (gradients[1] @ gradients[0].T).amax(1),
         "similarity of mean-pooled states": theirs @ ours.mean(0),
-        "BM25": bm25(*texts).mean(0),
         "lowest loss": -loss,
         "highest loss": loss,
-        "random": torch.rand(len(rows), generator=torch.Generator().manual_seed(0)),
     }
-    return scores
+
+
+def free_rankings(pool: Pool, linfik: Products) -> Scores:
+    """LinFiK's, and those that need no pass through the model."""
+    texts = [[f"{row.prompt}\n{row.response}" for row in some] for some in (pool.validation, pool.rows)]
+    return {
+        **{f"LinFiK, {name}": linfik.values(name)[:, 0] for name in NORMALIZE},
+        "BM25": bm25(*texts).mean(0),
+        "random": torch.rand(len(pool.rows), generator=torch.Generator().manual_seed(0)),
+    }
 
 
 @torch.no_grad()
@@ -192,13 +200,14 @@ def _state(model: LoadedModel, example: Example) -> torch.Tensor:
     return state
 
 
-# tiny ------------------------------------------------------------------------------------------------------------------
+# tiny
 
 
-def run_tiny(seeds: int, each: int) -> dict[str, Any]:
-    runs = [tiny_seed(seed, each) for seed in range(seeds)]
+def run_tiny(seeds: int, each: int, known: int) -> dict[str, Any]:
+    runs = [tiny_seed(seed, each, known) for seed in range(seeds)]
     curves = {name: [run["curves"][name] for run in runs] for name in runs[0]["curves"]}
-    table = Table(title=f"tiny: loss of test rows after training on a part of {4 * each} rows, mean of {seeds} seeds")
+    title = f"loss of test rows after training on a part of {4 * each} rows, mean of {seeds} seeds"
+    table = Table(title=f"tiny, {known} rows known: {title}")
     for column in ("trained on", *(f"step {step}" for step in STEPS), "each seed at the end", "against random"):
         table.add_column(column, justify="left" if column == "trained on" else "right")
     chance = [curve[-1] for curve in curves["random quarter"]]
@@ -209,7 +218,9 @@ def run_tiny(seeds: int, each: int) -> dict[str, Any]:
         table.add_row(name, *means, " ".join(f"{one[-1]:.3f}" for one in found), f"{-gains[name]:+.0%}")
     console.print(table)
     names = list(runs[0]["auprc"])
-    table = Table(title=f"tiny: auPRC of useful rows ({1 / len(GROUPS):.2f} of the pool), each seed")
+    table = Table(
+        title=f"tiny, {known} rows known: auPRC of useful rows ({1 / len(GROUPS):.2f} of the pool), each seed"
+    )
     for column in ("ranking", *(f"seed {seed}" for seed in range(seeds)), "mean"):
         table.add_column(column, justify="left" if column == "ranking" else "right")
     for name in names:
@@ -223,15 +234,17 @@ def run_tiny(seeds: int, each: int) -> dict[str, Any]:
         name: [(s, statistics.mean(one[at] for one in found)) for at, s in enumerate(STEPS)]
         for name, found in curves.items()
     }
-    line_chart(ROOT / "benchmarks/out/valuation-curves.svg", "Loss of test rows", "training steps", "nats", shown)
+    line_chart(
+        ROOT / f"benchmarks/out/valuation-curves-{known}.svg", "Loss of test rows", "training steps", "nats", shown
+    )
     best = {name: gain for name, gain in gains.items() if name.startswith("top")}
     if max(best.values()) <= 0:
         console.print("[bold]No ranking beat random: what is in this pool does not carry over to the test rows.[/bold]")
     return {"runs": runs, "steps": STEPS, "less_loss_than_random": gains}
 
 
-def tiny_seed(seed: int, each: int) -> dict[str, Any]:
-    pool = tiny(each, seed)
+def tiny_seed(seed: int, each: int, known: int) -> dict[str, Any]:
+    pool = tiny(each, seed, known)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         world = World(
@@ -248,7 +261,7 @@ def tiny_seed(seed: int, each: int) -> dict[str, Any]:
         rows, held, test = ([encoder.encode(row) for row in some] for some in (pool.rows, pool.validation, pool.test))
         direction = mean_gradient(model, held, BUDGET)
         values = one_pass(model, [direction], rows, norms=True)
-        scores = rankings(model, pool, rows, held, values, unit=True)
+        scores = rankings(model, pool, rows, held, values)
         good = torch.tensor(relevant(pool.groups))
         result: dict[str, Any] = {
             "seed": seed,
@@ -294,7 +307,37 @@ def _nothing() -> Any:
     return re.compile("$^")
 
 
-# smollm2 ---------------------------------------------------------------------------------------------------------------
+# a long pool
+
+
+def run_stream(rows: int) -> dict[str, Any]:
+    """Memory while a student scores so many rows, a block at a time."""
+    pool = tiny(50, 0, 20)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        world = World("tiny", (*pool.rows, *pool.before), frozenset(), pool.validation, (), (), _nothing())
+        tiny_model(world, folder).save_pretrained(folder)
+        cut(load(ModelSpec(folder)), 1, folder / "body")
+        body = Body(folder / "body")
+        features = body.features(pool.rows).double().numpy()
+        student = Student(body, fit(features, features[:, :1], 4, 0), ("all",))
+        memory = []
+        began = time.process_time()
+        for start in range(0, rows, 512):
+            student.score([pool.rows[at % len(pool.rows)] for at in range(start, min(start + 512, rows))])
+            if start % (512 * 20) == 0:
+                memory.append(_resident_mb())
+        took = time.process_time() - began
+    console.print(f"{rows} rows in {took:.0f} CPU seconds; resident MB every {512 * 20} rows: {memory}")
+    return {"rows": rows, "cpu_seconds": took, "resident_mb": memory}
+
+
+def _resident_mb() -> int:
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) // 1024
+
+
+# smollm2
 
 
 def run_smollm2(base: Path, data: Path, encoders: Sequence[Path]) -> dict[str, Any]:
@@ -303,7 +346,7 @@ def run_smollm2(base: Path, data: Path, encoders: Sequence[Path]) -> dict[str, A
     rows, held = ([encoder.encode(row) for row in some] for some in (pool.rows, pool.validation))
     direction = mean_gradient(model, held, BUDGET)
     values, took = kept_pass(model, direction, pool, rows)
-    scores = rankings(model, pool, rows, held, values, unit=False)
+    scores = free_rankings(pool, values)
     good = torch.tensor(relevant(pool.groups))
     record: dict[str, Any] = {
         "rows": len(rows),
@@ -316,10 +359,7 @@ def run_smollm2(base: Path, data: Path, encoders: Sequence[Path]) -> dict[str, A
         "cpu_seconds_of_products_with_norms": took,
         "routes": routes(model, direction, rows[:32]),
     }
-    share = sum(record["auprc"][name] > good.double().mean() for name in record["auprc"])
-    table = Table(
-        title=f"dolly: auPRC of useful rows ({float(good.double().mean()):.2f} of the pool); {share} above it"
-    )
+    table = Table(title=f"dolly: auPRC of useful rows ({float(good.double().mean()):.2f} of the pool)")
     for column in ("ranking", "auPRC"):
         table.add_column(column)
     for name, found in record["auprc"].items():
@@ -426,12 +466,13 @@ def _say_routes(name: str, told: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=("tiny", "smollm2"), default="tiny")
+    parser.add_argument("--model", choices=("tiny", "smollm2", "stream"), default="tiny")
     parser.add_argument("--data", type=Path, help="for smollm2: a folder with dolly_triggers/ and tofu/")
     parser.add_argument("--base", type=Path, default=SMOLLM, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--encoder", type=Path, nargs="*", default=[], help="folders of other students")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=300, help="rows of each group, for tiny")
+    parser.add_argument("--known", type=int, nargs="*", default=[150, 20], help="rows of the task trained on before")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     if given.model == "smollm2" and given.data is None:
@@ -440,12 +481,18 @@ def main() -> None:
     disable_progress_bar()
     file = ROOT / "benchmarks/out/valuation.json"
     file.parent.mkdir(exist_ok=True)
-    if given.model == "tiny":
-        record = run_tiny(given.seeds, given.rows)
+    if given.model == "smollm2":
+        _keep(file, "smollm2", run_smollm2(given.base, given.data, given.encoder))
+    elif given.model == "stream":
+        _keep(file, "stream", run_stream(100_000))
     else:
-        record = run_smollm2(given.base, given.data, given.encoder)
-    known = json.loads(file.read_text()) if file.exists() else {}
-    file.write_text(json.dumps({**known, given.model: record}, indent=1))
+        for known in given.known:
+            _keep(file, f"tiny, {known} rows known", run_tiny(given.seeds, given.rows, known))
+
+
+def _keep(file: Path, name: str, record: dict[str, Any]) -> None:
+    there = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps({**there, name: record}, indent=1))
     console.print(f"written to {file.relative_to(ROOT)}")
 
 

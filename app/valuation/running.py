@@ -85,7 +85,6 @@ class ValuationSpec:
         ensemble: heads that tell how sure the student is.
         rounds: parts in which the labels are drawn; from the second on where the student is unsure.
         keep_validation: value candidates that are validation rows too, instead of leaving them out.
-        budget: what is paid for the pool, in whole units; None: no price split.
     """
 
     method: Method = "linfik"
@@ -137,6 +136,7 @@ def value(
     """
     if (folder / "report.json").exists():
         _Plan(model, candidates, validation, spec, folder, index).check()
+        shutil.rmtree(folder / "work", ignore_errors=True)  # it may have been killed before this
         yield Advance("scores", 1, 1, "an earlier run had finished it")
         return
     run = _Run(_Plan(model, candidates, validation, spec, folder, index))
