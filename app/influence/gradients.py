@@ -75,7 +75,7 @@ def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: 
     with model.lock:
         modules = model.activate(checkpoint)
         capture = _Capture(model, plan, len(examples), None)
-        with torch.enable_grad(), _hooked(model, modules, capture.hook):
+        with torch.enable_grad(), hooked(model, modules, capture.hook):
             losses = target_losses(model, examples)
             torch.stack([loss.mean() for loss in losses]).sum().backward()  # a sum: never the mean over a batch
     return Gradients(capture.vectors, [loss.detach() for loss in losses], capture.divisors)
@@ -105,7 +105,7 @@ def token_gradients(
         capture = _Capture(model, plan, 1, divisors[None])
         if directions is not None:
             directions = directions.to(capture.vectors)
-        with torch.enable_grad(), _hooked(model, modules, capture.hook):
+        with torch.enable_grad(), hooked(model, modules, capture.hook):
             (losses,) = target_losses(model, [example])
             for number, loss in enumerate(losses):
                 capture.vectors = torch.zeros_like(capture.vectors)
@@ -145,7 +145,7 @@ def token_scores(
 
     with model.lock, torch.no_grad():
         modules = model.activate(checkpoint)
-        with _hooked(model, modules, measure):
+        with hooked(model, modules, measure):
             target_losses(model, [example])
         # A step for each direction: one for all would leave the small ones below the rounding.
         steps = NUDGE * (outputs / nudges.clamp_min(torch.finfo(torch.float64).tiny)).sqrt()
@@ -157,7 +157,7 @@ def token_scores(
             def hook(name: str, acts: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
                 return output + plan.sketches[name].nudge(acts, parts[name]) * sizes
 
-            with _hooked(model, modules, hook):
+            with hooked(model, modules, hook):
                 return torch.stack(target_losses(model, [example] * len(directions)), 1).double()
 
         scores = (nudged(1) - nudged(-1)) / (2 * steps)
@@ -206,7 +206,7 @@ Hook = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 
 @contextmanager
-def _hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> Iterator[None]:
+def hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> Iterator[None]:
     """Call a hook with (name, input [batch, seq, d_in], output) after each module, and let gradients begin after the
     embedding. An output that the hook returns takes the place of the module's; some models flatten batch and sequence.
     """
