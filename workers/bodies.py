@@ -8,12 +8,14 @@ from app.catalog.types import JobKind
 from app.jobs.compute import Compute
 from app.jobs.runner import Body
 from workers.build_index import AppendSamples, BuildIndex, RepairIndex
+from workers.unlearn import Unlearn
 
 
-def make_bodies(database: Database, compute: Compute, indexes_dir: Path) -> Mapping[JobKind, Body]:
+def make_bodies(database: Database, compute: Compute, indexes_dir: Path, artifacts_dir: Path) -> Mapping[JobKind, Body]:
     """The body of each kind."""
     return {
         JobKind.BUILD_INDEX: BuildIndex(database, compute, indexes_dir),
         JobKind.APPEND_SAMPLES: AppendSamples(database, compute, indexes_dir),
         JobKind.REPAIR_INDEX: RepairIndex(database, compute, indexes_dir),
+        JobKind.UNLEARN: Unlearn(compute, indexes_dir, artifacts_dir),
     }

@@ -5,7 +5,7 @@ every worker finds the same again in the catalog and on the shared disk.
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,13 +31,15 @@ from app.influence.building import (
     unfinished,
 )
 from app.influence.corpus import Row, row_from_json
-from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch
+from app.influence.errors import IndexCorrupt, IndexMissing
 from app.influence.index import IndexSpec, Manifest, publish, read_manifest
 from app.influence.models import LoadedModel
 from app.jobs.compute import Compute
 from app.jobs.progress import Step
 from app.jobs.runner import Planned
 from app.jobs.specs import index_from_json, model_from_json
+from workers.same import require_same
+from workers.walking import walk
 
 DAMAGE = (IndexCorrupt, IndexMissing)
 GRADIENTS, HELDOUT = "gradients", "heldout"
@@ -64,7 +66,7 @@ class IndexWork:
         model, rows = await self._model(index), await self._rows(job, index, _part(task))
         spec = await asyncio.to_thread(self._spec, index)
         steps = compute_shard(self._path(index), model, rows, spec, _part(task).number)
-        async for step in self._walk(steps):
+        async for step in walk(self._compute, steps, _step):
             yield step
 
     async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
@@ -88,13 +90,6 @@ class IndexWork:
         await catalog.indexes.published(index.id, opened.rows, opened.manifest.to_dict())
         return {"index": index.id, "rows": opened.rows}
 
-    async def _walk(self, steps: Iterator[Progress]) -> AsyncGenerator[Step]:
-        try:
-            while (progress := await self._compute.run(partial(next, steps, None))) is not None:
-                yield _step(progress)
-        finally:
-            await self._compute.run(partial(_close, steps))
-
     def _path(self, index: IndexRow) -> Path:
         return self._indexes_dir / index.id
 
@@ -107,13 +102,7 @@ class IndexWork:
     async def _model(self, index: IndexRow) -> LoadedModel:
         """The model, if it still is what was registered."""
         model = await self._compute.model(model_from_json(index.model.spec))
-        was, is_now = index.model.fingerprint, dict(model.fingerprint)
-        differs = {part: (was.get(part, ""), is_now.get(part, "")) for part in {*was, *is_now}}
-        differs = {part: pair for part, pair in differs.items() if pair[0] != pair[1]}
-        if differs:
-            parts = ", ".join(sorted(differs))
-            detail = f"model {index.model.name!r} changed on disk since it was registered ({parts}): register it anew"
-            raise Mismatch(detail, field="model", differs=differs)
+        require_same(f"model {index.model.name!r}", index.model.fingerprint, model.fingerprint)
         return model
 
     async def _rows_by_id(self, index: IndexRow, ids: Sequence[str]) -> Sequence[Row]:
@@ -143,7 +132,7 @@ class BuildIndex(IndexWork):
         if task.stage == HELDOUT:
             index = await self._index(job)
             model, ids, heldout = await self._model(index), await self._ids(index), await self._heldout(index)
-            steps = self._walk(measure(self._path(index), model, ids, heldout, self._spec(index)))
+            steps = walk(self._compute, measure(self._path(index), model, ids, heldout, self._spec(index)), _step)
         else:
             steps = super().steps(job, task)
         async for step in steps:
@@ -247,9 +236,3 @@ def _step(progress: Progress) -> Step:
         total_work=progress.total_tokens if weighed else None,
         resumed=progress.resumed,
     )
-
-
-def _close(steps: Iterator[Progress]) -> None:
-    close = getattr(steps, "close", None)
-    if close is not None:
-        close()

@@ -28,7 +28,7 @@ async def working(
 ) -> AsyncIterator[str]:
     """Do tasks for as long as the context lasts, then hand back what is in hand; gives the worker's name."""
     name = f"{socket.gethostname()}-{secrets.token_hex(3)}"  # a process number says little across machines
-    bodies = counted(make_bodies(database, compute, settings.indexes_dir), counters)
+    bodies = counted(make_bodies(database, compute, settings.indexes_dir, settings.artifacts_dir), counters)
     limits = Limits(**{field: getattr(settings, field) for field in Limits.__dataclass_fields__})
     runner = Runner(database, bodies, jobs, limits, worker=name, watch=watch)
     async with queue.worker(runner.run, name):

@@ -48,10 +48,7 @@ async def query_influence(body: InfluenceIn, services: Use, caller: Asking, requ
     Answers with the generation token by token, and the training samples that pushed the model towards it (proponents)
     or away from it (opponents). Calls that arrive together share one forward and backward pass.
     """
-    conditions, options = parse(body.filter), _options(body, services)
-    index, target = await _target(body.index, services)
-    options = await _among(conditions, index, options, services)
-    return await _unless_hung_up(request, _ask(body, index, target, conditions, options, services, caller))
+    return await _unless_hung_up(request, answer(body, services, caller))
 
 
 @router.post("/batch", responses=problems(404, 409, 413, 503))
@@ -80,6 +77,14 @@ async def query_influence_batch(
         return InfluenceBatchOut(items=await asyncio.gather(*(item(*one) for one in enumerate(body.queries))))
 
     return await _unless_hung_up(request, all_items())
+
+
+async def answer(body: InfluenceIn, services: Services, caller: Caller) -> InfluenceOut:
+    """The answer to one query."""
+    conditions, options = parse(body.filter), _options(body, services)
+    index, target = await _target(body.index, services)
+    options = await _among(conditions, index, options, services)
+    return await _ask(body, index, target, conditions, options, services, caller)
 
 
 def _options(body: OptionsIn, services: Services) -> Options:

@@ -116,6 +116,21 @@ class Datasets:
         query = select(Sample.row_id).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
         return (await self._session.scalars(query)).all()
 
+    async def ids_in(self, dataset_ids: Sequence[str], conditions: Sequence[Condition] = ()) -> Sequence[str]:
+        """The stable ids of some datasets' samples that meet the conditions, each once, in their order."""
+        query = select(Sample.row_id).where(Sample.dataset_id.in_(dataset_ids), *where(conditions, self._dialect))
+        ordered = query.order_by(Sample.dataset_id, Sample.ordinal)
+        return list(dict.fromkeys((await self._session.scalars(ordered)).all()))
+
+    async def samples_in(self, dataset_ids: Sequence[str], row_ids: Collection[str]) -> dict[str, Sample]:
+        """Those samples of some datasets that have these stable ids; of equal texts one will do."""
+        found: dict[str, Sample] = {}
+        for chunk in chunks(row_ids):
+            query = select(Sample).where(Sample.dataset_id.in_(dataset_ids), Sample.row_id.in_(chunk))
+            ordered = query.order_by(Sample.dataset_id.desc(), Sample.ordinal)
+            found.update({sample.row_id: sample for sample in (await self._session.scalars(ordered)).all()})
+        return found
+
     async def matching(self, index_id: str, conditions: Sequence[Condition]) -> frozenset[str]:
         """The stable ids of an index's samples that meet the conditions."""
         query = (

@@ -109,6 +109,11 @@ class Indexes:
             self._session.add(IndexDataset(index_id=index_id, dataset_id=dataset_id))
             await self._session.flush()
 
+    async def datasets(self, index_id: str) -> Sequence[str]:
+        """Ids of the datasets that the index takes rows from."""
+        query = select(IndexDataset.dataset_id).where(IndexDataset.index_id == index_id)
+        return (await self._session.scalars(query.order_by(IndexDataset.dataset_id))).all()
+
     async def remove(self, index: IndexRow) -> None:
         """Forget the index and the rows that were written into its own requests; its finished jobs stay as history."""
         used = select(IndexDataset.dataset_id)

@@ -42,6 +42,11 @@ class Jobs:
         where = [] if state is None else [Job.state == state]
         return await newest_first(self._session, Job, *where, limit=limit, cursor=cursor)
 
+    async def succeeded(self, kind: JobKind, model_id: str, most: int) -> Sequence[Job]:
+        """The latest jobs of a kind on a model that went well."""
+        mine = Job.kind == kind, Job.model_id == model_id, Job.state == JobState.SUCCEEDED
+        return (await self._session.scalars(select(Job).where(*mine).order_by(Job.id.desc()).limit(most))).all()
+
     async def without_tasks(self) -> Sequence[str]:
         """Ids of unfinished jobs that an older version of the service submitted."""
         query = select(Job.id).where(Job.state.in_(ACTIVE), ~exists().where(Task.job_id == Job.id))

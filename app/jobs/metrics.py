@@ -54,14 +54,16 @@ class Counted:
 
     async def steps(self, job: Job, task: Task) -> AsyncGenerator[Step]:
         """The body's steps. Rows that an earlier run had done are not."""
-        kind, done, began = job.kind.value, 0, time.perf_counter()
+        kind, stage, done, began = job.kind.value, task.stage, 0, time.perf_counter()
         steps = self._body.steps(job, task)
         with self._metrics.running.labels(kind).track_inprogress():
             try:
                 async for step in steps:
-                    if not step.resumed:
-                        self._metrics.rows.labels(kind, task.stage).inc(max(step.done - done, 0))
-                    self._metrics.step_seconds.labels(kind, task.stage).observe(time.perf_counter() - began)
+                    if step.stage not in (None, stage):
+                        stage, done = step.stage or stage, 0
+                    if not step.resumed and step.unit == "rows":
+                        self._metrics.rows.labels(kind, stage).inc(max(step.done - done, 0))
+                    self._metrics.step_seconds.labels(kind, stage).observe(time.perf_counter() - began)
                     done = step.done
                     yield step
                     began = time.perf_counter()

@@ -71,10 +71,13 @@ class Meter:
         unit = "rows"
         if step is not None:
             unit, total = step.unit, replace(total, stage=step.stage or total.stage)
-            self._metrics, self._note = step.metrics or self._metrics, step.note or self._note
         if total.stage != self._stage or (self._seen and total.fresh_work < self._seen[-1][2]):  # or a task was lost
+            if total.stage != self._stage:
+                self._note = None
             self._stage = total.stage
             self._seen.clear()
+        if step is not None:
+            self._metrics, self._note = step.metrics or self._metrics, step.note or self._note
         self._seen.append((now, total.fresh_done, total.fresh_work))
         while now - self._seen[0][0] > WINDOW_S and len(self._seen) > 2:
             self._seen.popleft()

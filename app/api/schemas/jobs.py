@@ -40,6 +40,7 @@ class JobOut(BaseModel):
     state: JobState = Field(description="Where it is in its life.", examples=["running"])
     cancel_requested: bool = Field(description="Somebody cancelled it; it stops after its step.", examples=[False])
     index: str | None = Field(description="The id of the index that it works on.", examples=["idx_0194b2c5f3a1e2"])
+    model: str | None = Field(description="The id of the model that it unlearns or values.", examples=[None])
     progress: ProgressOut | None = Field(description="How far it is; null before its first step.")
     result: dict[str, Any] | None = Field(description="What it made, once it succeeded.", examples=[{"rows": 211}])
     error: JobError | None = Field(description="Why it failed, if it did.")
@@ -57,4 +58,4 @@ class JobOut(BaseModel):
         """As the catalog has it."""
         same = {name: getattr(job, name) for name in cls.model_fields if name in Job.__table__.columns}
         empty_to_null = {name: same.pop(name) or None for name in ("progress", "result", "error")}
-        return cls.model_validate({**same, **empty_to_null, "index": job.index_id})
+        return cls.model_validate({**same, **empty_to_null, "index": job.index_id, "model": job.model_id})
