@@ -98,40 +98,51 @@ def mean_gradient(model: LoadedModel, examples: Sequence[Example], budget: int) 
     return Direction(whole, norms, total / len(examples))
 
 
-def products(
-    model: LoadedModel, directions: Sequence[Direction], examples: Sequence[Example], normalize: Normalize
-) -> torch.Tensor:
-    """Values of one batch of rows for each direction, by one forward and one backward pass.
+@dataclass(frozen=True)
+class Products:
+    """What one pass over rows gives; float64, on the CPU.
 
-    Returns:
-        [rows, directions] float64. none: <g_V, g_z>; unit: their cosine; layer: the mean over modules of the cosines of
-        the modules' parts.
+    Attributes:
+        dots: [rows, modules, directions], <g_V, g_z> of each module's parts.
+        norms: [rows, modules], |g_z| of each module's part; ones where they were not asked for.
+        ours: [modules, directions], |g_V| of each module's part.
     """
-    found = _Products(model, directions, len(examples), with_norms=normalize != "none")
+
+    dots: torch.Tensor
+    norms: torch.Tensor
+    ours: torch.Tensor
+
+    def values(self, normalize: Normalize) -> torch.Tensor:
+        """[rows, directions]: <g_V, g_z>; unit: their cosine; layer: the mean over modules of the parts' cosines."""
+        tiny = torch.finfo(torch.float64).tiny
+        if normalize == "layer":
+            return (self.dots / (self.norms[:, :, None] * self.ours).clamp_min(tiny)).mean(1)
+        values = self.dots.sum(1)
+        if normalize == "unit":
+            values = values / (self.norms.norm(dim=1)[:, None] * self.ours.norm(dim=0)).clamp_min(tiny)
+        return values
+
+
+def products(
+    model: LoadedModel, directions: Sequence[Direction], examples: Sequence[Example], *, norms: bool = True
+) -> Products:
+    """Inner products of one batch of rows with the directions, by one forward and one backward pass."""
+    found = _Collector(model, directions, len(examples), norms=norms)
     with model.lock, torch.enable_grad(), hooked(model, model.activate(model.checkpoints[-1]), found.hook):
         _means(target_losses(model, examples)).sum().backward()  # a sum: never the mean over a batch
-    dots, norms = found.dots, found.squares.clamp_min(0).sqrt()
-    values = dots.sum(1)
-    if normalize == "none":
-        return values.cpu()
-    ours = torch.stack([direction.norms for direction in directions], 1).to(dots)  # [modules, directions]
-    tiny = torch.finfo(torch.float64).tiny
-    if normalize == "layer":
-        values = (dots / (norms[:, :, None] * ours).clamp_min(tiny)).mean(1)
-    else:
-        values = values / (norms.norm(dim=1)[:, None] * ours.norm(dim=0)).clamp_min(tiny)
-    return values.cpu()
+    ours = torch.stack([direction.norms for direction in directions], 1)
+    return Products(found.dots.cpu(), found.squares.clamp_min(0).sqrt().cpu(), ours)
 
 
-class _Products:
+class _Collector:
     """Each module's inner products with the directions, and its gradient's norm, for each row of a batch."""
 
-    def __init__(self, model: LoadedModel, directions: Sequence[Direction], rows: int, *, with_norms: bool) -> None:
-        self.directions, self.kind, self.with_norms = directions, _kind(model), with_norms
+    def __init__(self, model: LoadedModel, directions: Sequence[Direction], rows: int, *, norms: bool) -> None:
+        self.directions, self.kind, self.norms = directions, _kind(model), norms
         self.at = {module.name: number for number, module in enumerate(model.attributed)}
         shape, device = (rows, len(self.at)), model.spec.device
         self.dots = torch.zeros(*shape, len(directions), dtype=torch.float64, device=device)
-        self.squares = torch.zeros(*shape, dtype=torch.float64, device=device)
+        self.squares = (torch.zeros if norms else torch.ones)(*shape, dtype=torch.float64, device=device)
 
     def hook(self, name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
         """Called after a module's forward pass."""
@@ -142,7 +153,7 @@ class _Products:
             for number, direction in enumerate(self.directions):
                 along = grads @ direction.parts[name]  # [batch, seq, d_in]
                 self.dots[:, self.at[name], number] = (along * kept).sum(2).double().sum(1)
-            if self.with_norms:
+            if self.norms:
                 self.squares[:, self.at[name]] = _squared_norms(kept, grads)
 
         output.register_hook(backward)
@@ -235,7 +246,7 @@ class Teacher:
         if not simple or self.model.model.dtype == torch.bfloat16 or not examples:
             return
         probe = [examples[at * len(examples) // PROBE] for at in range(PROBE)]
-        exact = products(self.model, self.directions, probe, "none")[:, 0]
+        exact = products(self.model, self.directions, probe, norms=False).values("none")[:, 0]
         quick = directional(self.model, self.directions[0], probe, self.budget)
         scale = exact.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
         self.probe_error = float((quick - exact).abs().max() / scale)
@@ -248,5 +259,6 @@ class Teacher:
             return directional(self.model, self.directions[0], examples, self.budget)[:, None]
         found = torch.zeros(len(examples), len(self.directions), dtype=torch.float64)
         for batch in batches(examples, self.budget):
-            found[batch] = products(self.model, self.directions, [examples[i] for i in batch], self.normalize)
+            part = products(self.model, self.directions, [examples[i] for i in batch], norms=self.normalize != "none")
+            found[batch] = part.values(self.normalize)
         return found

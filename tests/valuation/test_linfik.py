@@ -117,7 +117,7 @@ def direction(model: LoadedModel, rows: list[dict[str, str]] = VALIDATION) -> Di
 
 @pytest.mark.parametrize("normalize", ["none", "layer", "unit"])
 def test_products_are_those_of_autograd(double: LoadedModel, normalize: Normalize) -> None:
-    found = products(double, [direction(double)], examples(double, POOL), normalize)
+    found = products(double, [direction(double)], examples(double, POOL)).values(normalize)
     assert torch.allclose(found[:, 0], by_hand(double, normalize), rtol=1e-9, atol=1e-12)
 
 
