@@ -9,6 +9,7 @@ from app.jobs.compute import Compute
 from app.jobs.runner import Body
 from workers.build_index import AppendSamples, BuildIndex, RepairIndex
 from workers.unlearn import Unlearn
+from workers.value import Value
 
 
 def make_bodies(database: Database, compute: Compute, indexes_dir: Path, artifacts_dir: Path) -> Mapping[JobKind, Body]:
@@ -18,4 +19,5 @@ def make_bodies(database: Database, compute: Compute, indexes_dir: Path, artifac
         JobKind.APPEND_SAMPLES: AppendSamples(database, compute, indexes_dir),
         JobKind.REPAIR_INDEX: RepairIndex(database, compute, indexes_dir),
         JobKind.UNLEARN: Unlearn(compute, indexes_dir, artifacts_dir),
+        JobKind.VALUATION: Value(database, compute, indexes_dir, artifacts_dir),
     }

@@ -103,13 +103,10 @@ class Datasets:
         query = select(Sample.record, Sample.extra).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
         return [(record, extra) for record, extra in (await self._session.execute(query)).all()]
 
-    async def of_dataset(self, dataset_id: str, row_ids: Collection[str]) -> dict[str, Sample]:
-        """Samples of a dataset by their stable ids, those that are there."""
-        found: dict[str, Sample] = {}
-        for chunk in chunks(row_ids):
-            query = select(Sample).where(Sample.dataset_id == dataset_id, Sample.row_id.in_(chunk))
-            found.update({sample.row_id: sample for sample in (await self._session.scalars(query)).all()})
-        return found
+    async def metadata(self, dataset_id: str) -> Sequence[dict[str, Any]]:
+        """The metadata of a dataset's rows in their order."""
+        query = select(Sample.extra).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
+        return (await self._session.scalars(query)).all()
 
     async def row_ids(self, dataset_id: str) -> Sequence[str]:
         """The stable ids of a dataset's rows in their order."""

@@ -195,7 +195,8 @@ class Task(Base):
 class ValuationScore(Base):
     """What a row is worth to one group of a valuation's validation rows; rank 1 is the best.
 
-    It outlives the dataset that the row came from, and knows it by its stable id alone. A row without a value is left out.
+    It outlives the dataset that the row came from, and knows it by its stable id alone. Rows without a value are left
+    out.
     """
 
     __tablename__ = "valuation_scores"
