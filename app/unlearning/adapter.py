@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
@@ -25,8 +27,8 @@ from app.influence.models import LoadedModel
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FRESH, GIVEN = "fresh", "given"
-"""PEFT's names of adapters that are there for a moment."""
+FRESH, OTHER = "fresh", "other"
+"""PEFT's names of an adapter that is there for a moment, and of one to compare with."""
 Weights = dict[str, torch.Tensor]
 
 
@@ -101,23 +103,30 @@ class Adapter:
         finally:
             self.put(now)
 
-    @contextmanager
-    def replaced(self, folder: Path) -> Iterator[None]:
-        """With another adapter over the same base for a while.
+    def bring(self, folder: Path) -> None:
+        """Load another adapter over the same base, for `other`.
 
         Raises:
             SpecError: the folder holds none that fits.
         """
         try:
-            self.peft.load_adapter(str(folder), adapter_name=GIVEN, local_files_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+            with warnings.catch_warnings():  # peft warns of missing weights; they are an error below
+                warnings.simplefilter("ignore")
+                self.peft.load_adapter(str(folder), adapter_name=OTHER, local_files_only=True)
+            stored = set(load_file(folder / WEIGHTS))
+        except (OSError, ValueError, KeyError, RuntimeError, TypeError, SafetensorError) as error:
             raise SpecError(f"the oracle's adapter does not fit the model: {error}", field="oracle") from error
+        if stored != set(get_peft_model_state_dict(self.peft, adapter_name=OTHER)):
+            raise SpecError("the oracle's adapter does not fit the model: its weights are others", field="oracle")
+
+    @contextmanager
+    def other(self) -> Iterator[None]:
+        """With the adapter that was brought for a while."""
+        self.peft.set_adapter(OTHER)
         try:
-            self.peft.set_adapter(GIVEN)
             yield
         finally:
             self.peft.set_adapter(self.name)
-            self.peft.delete_adapter(GIVEN)
 
     def save(self, folder: Path) -> None:
         """Write it as a PEFT folder."""

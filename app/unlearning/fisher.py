@@ -65,7 +65,7 @@ class Importances:
             found = torch.autograd.grad(loss, list(self.adapter.weights.values()))
             for name, gradient in zip(self.adapter.weights, found, strict=True):
                 self.sums[group][name] += gradient.float().square()
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             if done % keep_every == 0 or done == self.total:
                 self._keep()
             yield done

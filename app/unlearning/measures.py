@@ -59,9 +59,11 @@ def measure(model: LoadedModel, groups: Mapping[str, Sequence[Example]], into: S
         into[group] = {name: list(column) for name, column in zip(names, columns, strict=True)}
 
 
-def divergence(model: LoadedModel, examples: Sequence[Example], reference: Reference) -> list[float]:
-    """KL(reference || model) of each row; both are asked for the same batches, one after the other."""
-    found = [0.0] * len(examples)
+def divergence(
+    model: LoadedModel, examples: Sequence[Example], reference: Reference, into: list[float]
+) -> Iterator[int]:
+    """KL(reference || model) of each row; both are asked for the same batches. Yields how many rows are done."""
+    done = 0
     for batch in batches(examples, BUDGET // 2):
         rows = [examples[at] for at in batch]
         with torch.no_grad():
@@ -70,5 +72,6 @@ def divergence(model: LoadedModel, examples: Sequence[Example], reference: Refer
             now = target_logits(model, rows)[0].log_softmax(1)
             each = (expected.exp() * (expected - now)).sum(1).double()
         for at, one in zip(batch, each.split([len(example.positions) for example in rows]), strict=True):
-            found[at] = float(one.mean())
-    return found
+            into[at] = float(one.mean())
+        done += len(batch)
+        yield done

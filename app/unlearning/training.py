@@ -33,6 +33,7 @@ Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
+BETA = {"npo": 0.1, "simnpo": 2.5}
 NEEDS_CLEAN = ("relabel",)
 WITHOUT_RETAIN = ("ga",)
 
@@ -45,7 +46,7 @@ class TrainingSpec:
         epochs: passes over the forget rows (for retrain: over the retain rows).
         batch: rows a step, retain and forget rows 3:1.
         ascent, descent: RapidUn's alpha and beta: the pull of the forgotten and of the clean answer.
-        beta, gamma: of npo and simnpo.
+        beta, gamma: of npo and simnpo; no beta means the paper's (`BETA`).
         temperature: of loreun's weights.
         selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`).
         rank, alpha, dropout: of the adapter, where the model brings none.
@@ -58,7 +59,7 @@ class TrainingSpec:
     batch: int = 8
     ascent: float = 1.0
     descent: float = 0.5
-    beta: float = 0.1
+    beta: float | None = None
     gamma: float = 0.0
     temperature: float = 1.0
     selection: float = 10.0
@@ -70,6 +71,16 @@ class TrainingSpec:
     most_rise: float = 0.5
     check_every: int = 10
     seed: int = 0
+
+
+def require_rows(method: Method, forget: int, retain: int, clean: int) -> None:
+    """Raise SpecError where there are too few rows, or clean answers of rows to forget, for a method."""
+    if method != "retrain" and not forget:
+        raise SpecError("there is nothing to forget: no row was chosen", field="forget")
+    if method not in WITHOUT_RETAIN and not retain:
+        raise SpecError(f"{method} needs rows to retain", field="retain")
+    if method in NEEDS_CLEAN and clean < forget:
+        raise SpecError(f"{method} needs a clean answer for every row to forget", field="clean")
 
 
 @dataclass(frozen=True)
@@ -106,12 +117,8 @@ class Unlearner:
     def __post_init__(self) -> None:
         """Raises SpecError for rows that the method cannot work with."""
         spec = self.spec
-        if spec.method != "retrain" and not self.forget:
-            raise SpecError("there is nothing to forget: no row was chosen", field="forget")
-        if spec.method not in WITHOUT_RETAIN and not self.retain:
-            raise SpecError(f"{spec.method} needs rows to retain", field="retain")
-        if spec.method in NEEDS_CLEAN and any(row.clean is None for row in self.forget):
-            raise SpecError(f"{spec.method} needs a clean answer for every row to forget", field="clean")
+        clean = sum(row.clean is not None for row in self.forget)
+        require_rows(spec.method, len(self.forget), len(self.retain), clean)
         self.folder.mkdir(parents=True, exist_ok=True)
         self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
@@ -241,22 +248,25 @@ class Unlearner:
         known: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         spec = self.spec
-        clean = None
-        if spec.method in ("rapidun", "relabel") and all(row.clean is not None for row in rows):
-            clean = self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "relabel":
-            assert clean is not None
-            return clean
+            return self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "rapidun":
-            return self._row_weights(rows) * weighted_ascent(clean, each, spec.descent, spec.ascent)
+            return self._row_weights(rows) * weighted_ascent(self._clean(rows), each, spec.descent, spec.ascent)
         if spec.method == "npo":
             tokens = torch.tensor([float(len(row.example.positions)) for row in rows], device=each.device)
-            return npo(each, known[0][list(chosen)], tokens, spec.beta)
+            return npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
         if spec.method == "simnpo":
-            return simnpo(each, spec.beta, spec.gamma)
+            return simnpo(each, spec.beta or BETA["simnpo"], spec.gamma)
         if spec.method == "loreun":
             return -each * known[1][list(chosen)]
         return -each  # ga, graddiff
+
+    def _clean(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
+        """[rows]: the losses of their clean answers, 0 where a row has none."""
+        if all(row.clean is None for row in rows):
+            return torch.zeros(len(rows), device=self.model.spec.device)
+        found = self._losses([row.clean or row.example for row in rows])
+        return torch.where(torch.tensor([row.clean is not None for row in rows], device=found.device), found, 0.0)
 
     def _losses(self, examples: Sequence[Example]) -> torch.Tensor:
         return torch.stack([each.mean() for each in target_losses(self.model, examples)])

@@ -10,7 +10,9 @@ passes by in blocks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,55 +67,55 @@ class Vectors:
             self.empty = sorted({row.id for row in self.missing} - set(made.ids))
         self._owner = {row: number for number, one in enumerate(self.indexes) for row in one.ids}
 
-    def per_row(self, queries: Sequence[str], rows: Sequence[str], top_k: int | None, unit: bool) -> Floats:
-        """`weights.per_row` of the view [queries, rows], without forming it.
+    def told(self) -> dict[str, Any]:
+        """Where the influence came from, for the report."""
+        return {
+            "rows_from_index": self.from_index,
+            "rows_computed": len(self.missing),
+            "rows_without_gradient": self.empty,
+            "index_refused": self.refused,
+            "normalisation": self.spec.normalisation,
+            "projection": asdict(self.spec.projection),
+        }
+
+    def per_row(
+        self, queries: Sequence[str], rows: Sequence[str], top_k: int | None, unit: bool, into: Floats
+    ) -> Iterator[None]:
+        """`weights.per_row` of the view [queries, rows], without forming it; yields after each block.
 
         Args:
             unit: cosines instead of inner products.
+            into: [rows]
         """
         if top_k is not None and top_k < len(rows):
-            return self._cut(queries, rows, top_k, unit)
-        found = np.empty(len(rows))
-        many = max(1, min(TILE // len(queries), self._many()))
-        for start in range(0, len(rows), many):
-            place = slice(start, start + many)
-            found[place] = np.median(self.view(queries, rows[place], unit), axis=0)
-        return found
+            best = np.empty((len(queries), top_k), dtype=np.int64)
+            kept = np.empty((len(queries), top_k))
+            for place in _blocks(len(queries), TILE // len(rows)):
+                view = np.empty((len(queries[place]), len(rows)))
+                yield from self.view(queries[place], rows, unit, view)
+                best[place] = highest(view, top_k)
+                kept[place] = np.take_along_axis(view, best[place], axis=1)
+            for place in _blocks(len(rows), TILE // len(queries)):
+                view = np.zeros((len(queries), len(rows[place])))
+                query, at = np.nonzero((best >= place.start) & (best < place.stop))
+                view[query, best[query, at] - place.start] = kept[query, at]
+                into[place] = np.median(view, axis=0)
+                yield
+            return
+        for place in _blocks(len(rows), TILE // len(queries)):
+            view = np.empty((len(queries), len(rows[place])))
+            yield from self.view(queries, rows[place], unit, view)
+            into[place] = np.median(view, axis=0)
 
-    def _cut(self, queries: Sequence[str], rows: Sequence[str], top_k: int, unit: bool) -> Floats:
-        best = np.empty((len(queries), top_k), dtype=np.int64)
-        kept = np.empty((len(queries), top_k))
-        many = max(1, TILE // len(rows))
-        for start in range(0, len(queries), many):
-            place = slice(start, start + many)
-            view = self.view(queries[place], rows, unit)
-            best[place] = highest(view, top_k)
-            kept[place] = np.take_along_axis(view, best[place], axis=1)
-        found = np.empty(len(rows))
-        many = max(1, TILE // len(queries))
-        for start in range(0, len(rows), many):
-            end = min(start + many, len(rows))
-            part = np.zeros((len(queries), end - start))
-            query, at = np.nonzero((best >= start) & (best < end))
-            part[query, best[query, at] - start] = kept[query, at]
-            found[start:end] = np.median(part, axis=0)
-        return found
-
-    def view(self, queries: Sequence[str], rows: Sequence[str], unit: bool) -> Floats:
+    def view(self, queries: Sequence[str], rows: Sequence[str], unit: bool, into: Floats) -> Iterator[None]:
         """[queries, rows]; the vectors pass by in blocks."""
-        scores = np.empty((len(queries), len(rows)))
-        many = self._many()
-        for start in range(0, len(rows), many):
-            columns = slice(start, start + many)
+        many = BLOCK // self._columns
+        for columns in _blocks(len(rows), many):
             right = self._vectors(rows[columns], unit)
-            for first in range(0, len(queries), many):
-                place = slice(first, first + many)
+            for place in _blocks(len(queries), many):
                 left = self._vectors(queries[place], unit) * self._weights(unit)
-                scores[place, columns] = (left @ right.T).double().numpy()
-        return scores
-
-    def _many(self) -> int:
-        return max(1, BLOCK // self._columns)
+                into[place, columns] = (left @ right.T).double().numpy()
+                yield
 
     @property
     def _columns(self) -> int:
@@ -134,3 +136,10 @@ class Vectors:
                 units, norms = index.vectors([rows[place] for place in at])
                 found[at] = units if unit else units * norms.repeat_interleave(units.shape[1] // norms.shape[1], 1)
         return found
+
+
+def _blocks(count: int, most: int) -> Iterator[slice]:
+    """So many things at a time, or one where not even one fits."""
+    most = max(1, most)
+    for start in range(0, count, most):
+        yield slice(start, min(start + most, count))
