@@ -1,5 +1,6 @@
-"""LinFiK's values out of an index of the pool, without a pass over it: the validation direction is projected as the rows
-were, and multiplied with their vectors.
+"""LinFiK's values out of an index of the pool, without a pass over it.
+
+The validation direction is projected as the rows were, and multiplied with their vectors.
 """
 
 from __future__ import annotations

@@ -85,7 +85,6 @@ class ValuationSpec:
         ensemble: heads that tell how sure the student is.
         rounds: parts in which the labels are drawn; from the second on where the student is unsure.
         keep_validation: value candidates that are validation rows too, instead of leaving them out.
-        budget: what is paid for the pool, in whole units; None: no price split.
     """
 
     method: Method = "linfik"
@@ -137,6 +136,7 @@ def value(
     """
     if (folder / "report.json").exists():
         _Plan(model, candidates, validation, spec, folder, index).check()
+        shutil.rmtree(folder / "work", ignore_errors=True)  # it may have been killed before this
         yield Advance("scores", 1, 1, "an earlier run had finished it")
         return
     run = _Run(_Plan(model, candidates, validation, spec, folder, index))
@@ -544,14 +544,14 @@ class _Run:
                 f"{without} rows have no response token within the limit or no finite loss: no value"
             )
         labelled = int(self.labelled.sum())
-        teacher = {"route": self.teacher.route, "probe_error": self.teacher.probe_error, "rows": labelled}
+        teacher: dict[str, Any] = {"route": self.teacher.route, "probe_error": self.teacher.probe_error}
         if self.spec.method == "alinfik" and self.spec.student.form == "pairs":
-            teacher = {"route": "projected pairs", "projection": asdict(SKETCH), "rows": labelled}
+            teacher = {"route": "projected pairs", "projection": asdict(SKETCH)}
         self.report = {
             "method": self.spec.method,
             "normalize": self.spec.normalize,
             "groups": {name: len(rows) for name, rows in self.plan.groups.items()},
-            "teacher": teacher,
+            "teacher": {**teacher, "rows": labelled},
             **self.report,
             "summary": summary(self.rows, self.values[:, 0]),
             "warnings": self.plan.warnings,
@@ -568,4 +568,5 @@ class _Run:
 
 def _at(places: Places, block: slice) -> Places:
     """Those of sorted places that lie in a block, counted from its start."""
-    return places[np.searchsorted(places, block.start) : np.searchsorted(places, block.stop)] - block.start
+    found: Places = places[np.searchsorted(places, block.start) : np.searchsorted(places, block.stop)] - block.start
+    return found

@@ -106,7 +106,8 @@ class Ridge:
         kept = self.s**2 / (self.s**2 + penalty * self.unit + 1e-12)
         hat = (self.u * kept) @ (self.u.T @ self.y)
         own = ((self.u**2) @ kept + 1 / len(self.u))[:, None]  # the mean is fitted too
-        return self.y_mean + self.y - (self.y - hat) / np.maximum(1 - own, 1e-9)
+        predicted: Floats = self.y_mean + self.y - (self.y - hat) / np.maximum(1 - own, 1e-9)
+        return predicted
 
 
 @dataclass
