@@ -14,6 +14,7 @@ from app.api.services import Services
 from app.catalog.catalog import Catalog
 from app.catalog.filters import Condition
 from app.catalog.tables import IndexRow, Sample
+from app.influence.errors import HeadwaterError
 from app.influence.nearest import nearest
 from app.problems import Refusal
 
@@ -148,9 +149,9 @@ async def _add_influential(
     query = asked.model_dump(exclude={"min_score"}, exclude_unset=True)
     try:
         found = await answer(InfluenceIn(**query, index=source.index.id, tokens="none"), services, caller)
-    except Refusal as refusal:
-        field = f"forget.influence.{refusal.field}" if refusal.field else "forget.influence"
-        raise Refusal(refusal.status, refusal.slug, refusal.detail, field=field, headers=refusal.headers) from refusal
+    except (Refusal, HeadwaterError) as error:
+        error.field = f"forget.influence.{error.field}" if error.field else "forget.influence"
+        raise
     hits = [hit for hit in found.proponents if hit.score > asked.min_score]
     chosen.add([hit.id for hit in hits], "influence")
     chosen.scores.update({hit.id: hit.score for hit in hits})

@@ -15,6 +15,7 @@ from app.api.documents import problems
 from app.api.idempotency import IdempotentRoute
 from app.api.schemas.jobs import JobOut
 from app.api.schemas.unlearn import (
+    BETA,
     PARAMETERS,
     ChosenOut,
     ChosenRow,
@@ -143,7 +144,10 @@ def _check_adapter(method: str, model: Model, field: str) -> None:
 
 def _training(body: UnlearnIn) -> dict[str, Any]:
     """Method, seed and all parameters, so that a later version's defaults change nothing."""
-    return {"method": body.method, "seed": body.seed, **body.parameters.model_dump()}
+    parameters = body.parameters.model_dump()
+    if parameters["beta"] is None:
+        parameters["beta"] = BETA.get(body.method)
+    return {"method": body.method, "seed": body.seed, **parameters}
 
 
 def _work(body: UnlearnIn, found: Resolved) -> dict[str, float]:

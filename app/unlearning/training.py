@@ -189,12 +189,11 @@ class Unlearner:
         plan = json.dumps(asdict(self.spec))
         found = Importances(self.model, self.adapter, groups, self.folder / STATE, plan)
         for number in found.run(self.keep_every):
-            step = Step(number, self.total, None, None)
-            if number == self.total:
-                mine, everything = found.means()
-                parameters = {"selection": self.spec.selection, "dampening": self.spec.dampening}
-                self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
-            yield step
+            yield Step(number, self.total, None, None)
+        mine, everything = found.means()  # also where an earlier run had done every row
+        parameters = {"selection": self.spec.selection, "dampening": self.spec.dampening}
+        self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
+        self.steps = [Step(number, self.total, None, None) for number in range(1, self.total + 1)]
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""

@@ -63,11 +63,13 @@ def test_a_dump_and_a_copy_of_the_folder_bring_everything_back(folder: Path, tin
             api.ready(tiny_model_dir)
             answer = must(api.post("/influence", json=ASK))
             run(programs / "pg_dump", "--format=custom", f"--file={folder}/headwater.dump", urls[0])
-            run("tar", "--create", f"--file={folder}/indexes.tar", f"--directory={before.data_dir}", "indexes")
+            run(
+                "tar", "--create", f"--file={folder}/data.tar", f"--directory={before.data_dir}", "indexes", "artifacts"
+            )
             must(api.delete("/indexes/idx"), 204)
         after.data_dir.mkdir()
         run(programs / "pg_restore", "--no-owner", f"--dbname={urls[1]}", folder / "headwater.dump")
-        run("tar", "--extract", f"--file={folder}/indexes.tar", f"--directory={after.data_dir}")
+        run("tar", "--extract", f"--file={folder}/data.tar", f"--directory={after.data_dir}")
         with after.up() as running, Api(base_url=running.url, timeout=60) as api:
             again = must(api.post("/influence", json=ASK))
     assert again["proponents"] == answer["proponents"]

@@ -24,6 +24,8 @@ PARAMETERS: dict[Method, tuple[str, ...]] = {
     "retrain": TRAINED,
 }
 """Which parameters a method has; another one in a request is a mistake."""
+BETA = {"npo": 0.1, "simnpo": 2.5}
+"""The papers' beta."""
 FORGET_EXAMPLE = ["3f9a0c11e23f9a0c"]
 
 
@@ -86,7 +88,14 @@ class ParametersIn(Body):
     descent: Real = Field(
         0.5, ge=0, le=100, allow_inf_nan=False, description="`rapidun`: the pull towards the clean answer."
     )
-    beta: Real = Field(0.1, gt=0, le=100, allow_inf_nan=False, description="`npo`, `simnpo`: inverse temperature.")
+    beta: Real | None = Field(
+        None,
+        gt=0,
+        le=100,
+        allow_inf_nan=False,
+        description=f"`npo`, `simnpo`: inverse temperature. Left out: the paper's, {BETA['npo']} and {BETA['simnpo']}.",
+        examples=[None],
+    )
     gamma: Real = Field(0.0, ge=0, le=100, allow_inf_nan=False, description="`simnpo`: the margin.")
     temperature: Real = Field(
         1.0,

@@ -1,0 +1,76 @@
+"""An unlearning that is killed with SIGKILL ends in the same adapter as one that is not."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.api.harness import jsonl, must, rows, until
+from tests.workers.test_restart import Service
+
+REQUEST = {
+    "model": "tiny",
+    "dataset": "facts",
+    "forget": {"filter": {"family": "harbour"}},
+    "method": "npo",
+    "parameters": {"lr": 1e-4, "epochs": 60, "batch": 4, "most_rise": 100},
+    "relearn_steps": 0,
+    "report_rows": 4,
+}
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Callable[[], Service]]:
+    running: list[Service] = []
+
+    def service() -> Service:
+        running.append(Service(tmp_path / "data", tiny_model_dir.parent))
+        return running[-1]
+
+    yield service
+    for one in running:
+        if one.process.poll() is None:
+            one.kill()
+
+
+def test_a_job_that_is_killed_ends_in_the_same_bytes(
+    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    first = start()
+    first.api.register(tiny_model_dir)
+    must(first.api.upload(jsonl(rows())), 201)
+    broken, whole = (must(first.api.post("/unlearn", json=REQUEST), 202)["job"]["id"] for _ in range(2))
+    kept = tmp_path / "data/artifacts" / broken / "training/state.safetensors"
+    until(kept.is_file, bool)
+    first.kill()
+    assert not (kept.parents[1] / "adapter").exists(), "it was killed in the middle of the training"
+
+    second = start()
+    jobs = [second.api.wait(one) for one in (broken, whole)]
+    assert [(job["state"], job["attempts"]) for job in jobs] == [("succeeded", 2), ("succeeded", 1)]
+    folders = [tmp_path / "data/artifacts" / one for one in (broken, whole)]
+    for name in ("adapter/adapter_model.safetensors", "adapter/adapter_config.json", "weights.jsonl", "losses.jsonl"):
+        mine, other = ((folder / name).read_bytes() for folder in folders)
+        assert mine == other, name
+    steps = [json.loads(line)["step"] for line in (folders[0] / "losses.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, jobs[0]["result"]["steps"] + 1))
+
+
+def test_a_request_whose_file_was_changed_is_not_done(
+    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    service = start()
+    service.api.register(tiny_model_dir)
+    must(service.api.upload(jsonl(rows())), 201)
+    ahead = must(service.api.post("/unlearn", json=REQUEST), 202)["job"]["id"]
+    waiting = must(service.api.post("/unlearn", json=REQUEST), 202)["job"]["id"]
+    file = tmp_path / "data/artifacts" / waiting / "request.json"
+    file.write_text(file.read_text().replace("npo", "ga"))
+    must(service.api.post(f"/jobs/{ahead}/cancel"), 202)
+    job = service.api.wait(waiting)
+    assert (job["state"], job["error"]["code"], job["error"]["field"]) == ("failed", "SpecError", "request.json")
+    shutil.rmtree(file.parent)
+    must(service.api.post(f"/jobs/{waiting}/retry"), 202)
+    assert service.api.wait(waiting)["state"] == "failed"
