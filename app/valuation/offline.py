@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from app.influence.corpus import Columns, Row, read_rows
 from app.influence.errors import RowError, SpecError
 from app.valuation.running import WHOLE
-from app.valuation.student import Student
+from app.valuation.student import ABOUT, Student
 
 BLOCK = 512
 """Rows in memory at a time."""
@@ -48,6 +48,11 @@ def score_file(student: Student, rows: Path, out: Path, columns: Columns | None 
         part.replace(out)
     finally:
         part.unlink(missing_ok=True)
+
+
+def is_trusted(folder: Path) -> bool:
+    """Whether the report of whoever made the student trusts its order; `load_student` has said that it is one."""
+    return bool(json.loads((folder / ABOUT).read_bytes())["report"]["trusted"])
 
 
 def _scored(student: Student, rows: Sequence[Row], others: Sequence[tuple[int, str]]) -> list[dict[str, Any]]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from app.cli import app
 from app.jobs import groups
 from app.valuation.running import FEWEST, WHOLE
 from tests.api.conftest import BACKENDS, backend_for, quick
@@ -225,6 +227,37 @@ def test_a_redacted_valuation_is_filtered_by_what_it_shows(api: Api, alinfik: st
     assert "source" in refused["detail"]
     select = {"valuation": alinfik, "k": 3, "filter": {"note": {"exists": True}}}
     problem(api.post("/valuation/select", json=select), 422, "invalid-request", "filter.note")
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """A table in any of the three formats."""
+    if file.suffix == ".parquet":
+        return list(pq.read_table(file).to_pylist())
+    lines = file.read_text().splitlines()
+    return list(csv.DictReader(lines)) if file.suffix == ".csv" else [json.loads(line) for line in lines]
+
+
+def test_a_provider_scores_its_file_with_the_exported_student(api: Api, alinfik: str, tmp_path: Path) -> None:
+    for one in must(api.get(f"/jobs/{alinfik}/artifacts"))["items"]:
+        if one["path"].startswith("student/"):
+            file = tmp_path / one["path"]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(api.get(f"/jobs/{alinfik}/artifacts/{one['path']}").content)
+    (tmp_path / "rows.jsonl").write_bytes(jsonl(pool()))
+    served = {one["id"]: one for one in scores(api, alinfik) if not one["labelled"]}
+    for name in ("scores.csv", "scores.jsonl", "scores.parquet"):
+        out = tmp_path / name
+        done = CliRunner().invoke(
+            app, ["value-file", str(tmp_path / "student"), str(tmp_path / "rows.jsonl"), "--out", str(out)]
+        )
+        assert done.exit_code == 0, done.output
+        assert f"wrote the scores of {POOL} rows" in done.output
+        assert SECRET.encode() not in out.read_bytes()
+        table = read(out)
+        assert len(table) == POOL
+        mine = {row["id"]: (float(row["value"]), float(row["uncertainty"])) for row in table}
+        for row_id, one in served.items():
+            assert mine[row_id] == pytest.approx((one["value"], one["uncertainty"]), rel=0.02, abs=1e-4)
 
 
 # --- choosing ---

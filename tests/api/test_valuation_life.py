@@ -1,11 +1,14 @@
 """A valuation as a job: watched, cancelled, taken up again, and what it keeps others from."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from tests.api.conftest import Serve
+from app.catalog.types import Scope
+from tests.api.conftest import Mint, Serve, bearer
 from tests.api.harness import Api, jsonl, must, problem, rows, until
 from workers.value import Value
 
@@ -13,9 +16,9 @@ ROWS = 400
 REQUEST = {"model": "tiny", "candidates": "pool", "validation": "held", "normalize": "unit"}
 
 
-def ready(api: Api, model_dir: Path) -> None:
+def ready(api: Api, model_dir: Path, count: int = ROWS) -> None:
     api.register(model_dir)
-    must(api.upload(jsonl(rows(ROWS)), "pool"), 201)
+    must(api.upload(jsonl(rows(count)), "pool"), 201)
     must(api.upload(jsonl(rows(4, start=5000)), "held"), 201)
 
 
@@ -94,3 +97,68 @@ def test_scores_that_were_stored_before_a_failure_are_stored_once(
     assert (job["state"], stored) == ("succeeded", [0, 0])
     page = must(api.get(f"/valuations/{job['id']}/scores", params={"limit": ROWS}))
     assert [one["rank"] for one in page["items"]] == list(range(1, ROWS + 1))
+
+
+def test_rows_whose_loss_is_not_finite_have_no_value(serve: Serve, tiny_model_dir: Path) -> None:
+    api = serve()
+    api.register(tiny_model_dir)
+    (loading,) = api.app.state.services.compute._models._values.values()
+    model = loading.result()
+    letter = model.tokenizer("J", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[letter] = torch.nan  # a file with such a weight is not loaded
+    jam = {"prompt": "Jam?", "response": "No."}
+    must(api.upload(jsonl([jam, *rows(3)]), "pool"), 201)
+    must(api.upload(jsonl(rows(4, start=5000)), "held"), 201)
+    must(api.upload(jsonl([jam | {"prompt": "Jelly?"}]), "broken"), 201)
+    job = api.wait(submit(api, budget=100))
+    assert (job["state"], job["result"]["rows"], job["result"]["without_value"]) == ("succeeded", 4, 1)
+    summary = must(api.get(f"/valuations/{job['id']}"))["summary"]
+    assert any("no finite loss" in warning for warning in summary["warnings"])
+    page = must(api.get(f"/valuations/{job['id']}/scores"))
+    assert [one["rank"] for one in page["items"]] == [1, 2, 3]
+    (last,) = [json.loads(line) for line in api.get(f"/jobs/{job['id']}/artifacts/scores.jsonl").text.splitlines()][3:]
+    assert (last["rank"], last["value"], last["price"]) == (None, None, 0)
+    failed = api.wait(submit(api, validation="broken"))
+    assert (failed["state"], failed["error"]["field"]) == ("failed", "validation")
+
+
+def test_an_index_of_the_candidates_gives_the_values(serve: Serve, tiny_model_dir: Path) -> None:
+    api = serve()
+    ready(api, tiny_model_dir, 60)
+    whole = {"projection": {"size": 64}, "max_length": 100}  # no side of a module is wider: nothing is lost
+    built = [api.build(kind, dataset="pool", normalisation=kind, **whole) for kind in ("none", "layer")]
+    assert [api.wait(one["job"]["id"])["state"] for one in built] == ["succeeded"] * 2
+    exact, indexed = (
+        {one["id"]: one["value"] for one in must(api.get(f"/valuations/{job}/scores", params={"limit": 60}))["items"]}
+        for job in (submit(api, max_length=100), submit(api, index="none"))
+        if api.wait(job)["state"] == "succeeded"
+    )
+    assert len(exact) == 60
+    assert indexed == pytest.approx(exact, rel=0.02, abs=0.002)
+    for field, more in (
+        ("normalize", {"index": "layer"}),
+        ("max_length", {"index": "none", "max_length": 99}),
+        ("index", {"index": "none", "method": "alinfik"}),
+    ):
+        problem(api.post("/valuation", json={**REQUEST, **more}), 422, "invalid-request", field)
+    must(api.upload(jsonl(rows(2, start=700)), "others"), 201)
+    lacking = api.wait(submit(api, index="none", candidates="others"))
+    assert (lacking["state"], lacking["error"]["field"]) == ("failed", "index")
+    api.register(tiny_model_dir, "again")
+    problem(
+        api.post("/valuation", json={**REQUEST, "index": "none", "model": "again"}), 422, "invalid-request", "index"
+    )
+
+
+def test_valuing_needs_write_and_choosing_needs_query(locked: Api, mint: Mint) -> None:
+    keys = {scope: bearer(mint(f"team-{scope.value}", scope)) for scope in (Scope.READ, Scope.QUERY, Scope.WRITE)}
+    for path, wanted in (("/valuation", Scope.WRITE), ("/valuation/select", Scope.QUERY)):
+        for scope, headers in keys.items():
+            answer = locked.post(path, json={}, headers=headers)
+            if scope is wanted:
+                problem(answer, 422, "invalid-request")
+            else:
+                problem(answer, 403, "missing-scope", "Authorization")
+    assert locked.get("/valuations", headers=keys[Scope.READ]).json()["items"] == []
+    problem(locked.get("/valuations"), 401, "unauthorized")
