@@ -53,7 +53,7 @@ Order = Annotated[
     Literal["desc", "asc"], Query(description="`desc`: the best rows first; `asc`: the worst.", examples=["desc"])
 ]
 AsText = Annotated[str | None, Query(description=f"As JSON. {FILTER}", examples=[json.dumps(EXAMPLE)])]
-SHORTLIST = 5_000  # rows whose likeness is looked at, the best by value: a second or two
+SHORTLIST = 5_000  # rows whose likeness is looked at, the best by value: a few seconds
 MOST_DIVERSE = 1_000  # rows that are chosen by likeness
 
 
