@@ -69,7 +69,7 @@ LONGEST = 96
 TEST = 150
 LABELS = (25, 50, 100, 200, 400)
 DRAWS = 5
-LAYERS = (1, 2, 3, 6)
+LAYERS = (1, 3, 6)
 
 console = Console()
 if not console.is_terminal:
@@ -100,24 +100,25 @@ def per_sample(model: LoadedModel, direction: Direction, examples: Sequence[Exam
     return torch.stack([torch.as_tensor(one) for one in found])
 
 
-def routes(model: LoadedModel, direction: Direction, examples: Sequence[Example]) -> dict[str, Any]:
+def routes(model: LoadedModel, direction: Direction, examples: Sequence[Example], budget: int) -> dict[str, Any]:
     """Both routes beside exact per-sample gradients: rank correlation, CPU seconds, times faster."""
     took: dict[str, float] = {}
     with cpu_seconds(took, "per-sample"):
         exact = per_sample(model, direction, examples)
     with cpu_seconds(took, "directional"):
-        quick = directional(model, direction, examples, BUDGET)
+        quick = directional(model, direction, examples, budget)
     parts: dict[str, torch.Tensor] = {}
     for name, norms in (("products", False), ("products with norms", True)):
         with cpu_seconds(took, name):
-            parts[name] = one_pass(model, [direction], examples, norms=norms).values("none")[:, 0]
+            parts[name] = one_pass(model, [direction], examples, norms=norms, budget=budget).values("none")[:, 0]
     with cpu_seconds(took, "one forward pass"):
-        for batch in batches(examples, BUDGET):
+        for batch in batches(examples, budget):
             losses(model, model.checkpoints[-1], [examples[i] for i in batch])
     found = {"directional": quick, **parts}
     return {
         "rows": len(examples),
         "tokens": sum(len(example.ids) for example in examples),
+        "budget": budget,
         "cpu_seconds": took,
         "spearman": {name: spearman(values, exact) for name, values in found.items()},
         "times_faster": {name: took["per-sample"] / took[name] for name in found},
@@ -125,13 +126,18 @@ def routes(model: LoadedModel, direction: Direction, examples: Sequence[Example]
 
 
 def one_pass(
-    model: LoadedModel, directions: Sequence[Direction], examples: Sequence[Example], *, norms: bool
+    model: LoadedModel,
+    directions: Sequence[Direction],
+    examples: Sequence[Example],
+    *,
+    norms: bool,
+    budget: int = BUDGET,
 ) -> Products:
     """`products` of any number of rows."""
     many = len(model.attributed)
     dots = torch.zeros(len(examples), many, len(directions), dtype=torch.float64)
     sizes = torch.ones(len(examples), many, dtype=torch.float64)
-    for batch in batches(examples, BUDGET):
+    for batch in batches(examples, budget):
         part = products(model, directions, [examples[i] for i in batch], norms=norms)
         dots[batch], sizes[batch] = part.dots, part.norms
     return Products(dots, sizes, part.ours)
@@ -274,7 +280,7 @@ def tiny_seed(seed: int, each: int, known: int) -> dict[str, Any]:
                 for group in GROUPS
             },
             "oracle": oracle(model, values.values("none")[:, 0], rows, held),
-            "routes": routes(model, direction, rows[:128]),
+            "routes": routes(model, direction, rows[:512], 4096),
         }
         quarter = len(rows) // 4
         sets: dict[str, list[int]] = {}
@@ -357,7 +363,7 @@ def run_smollm2(base: Path, data: Path, encoders: Sequence[Path]) -> dict[str, A
             for group in GROUPS
         },
         "cpu_seconds_of_products_with_norms": took,
-        "routes": routes(model, direction, rows[:32]),
+        "routes": routes(model, direction, rows[:24], BUDGET),
     }
     table = Table(title=f"dolly: auPRC of useful rows ({float(good.double().mean()):.2f} of the pool)")
     for column in ("ranking", "auPRC"):

@@ -88,7 +88,7 @@ class ValuationSpec:
     """
 
     method: Method = "linfik"
-    normalize: Normalize = "none"
+    normalize: Normalize = "unit"
     label_rows: int | None = None
     label_seconds: float | None = None
     student: StudentSpec = field(default_factory=StudentSpec)

@@ -131,7 +131,7 @@ def test_an_index_of_the_candidates_gives_the_values(serve: Serve, tiny_model_di
     assert [api.wait(one["job"]["id"])["state"] for one in built] == ["succeeded"] * 2
     exact, indexed = (
         {one["id"]: one["value"] for one in must(api.get(f"/valuations/{job}/scores", params={"limit": 60}))["items"]}
-        for job in (submit(api, max_length=100), submit(api, index="none"))
+        for job in (submit(api, normalize=way, max_length=100), submit(api, normalize=way, index="none"))
         if api.wait(job)["state"] == "succeeded"
     )
     assert len(exact) == 60

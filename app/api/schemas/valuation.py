@@ -58,9 +58,9 @@ class ValuationIn(Body):
         "to score the rest.",
     )
     normalize: Literal["none", "layer", "unit"] = Field(
-        "none",
-        description="`none`: what one small step on a row does to the validation loss; `unit`: for a step of the same "
-        "length on each row; `layer`: the same in each module.",
+        "unit",
+        description="`unit`: what a small step on a row, of the same length for each, does to the validation loss (a "
+        "cosine); `none`: of a length that goes with the row's gradient; `layer`: the same in each module.",
     )
     index: Text | None = Field(
         None,
