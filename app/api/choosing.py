@@ -87,7 +87,7 @@ async def retained(
     chosen, extra = Choice(), dict[str, Sample]()
     rest = [row for row in source.ids if row not in forget.why]
     if body is None:
-        if method == "retrain":
+        if method in ("fisher", "retrain"):  # both are about all training rows
             chosen.add(rest, "rest")
             return chosen, extra
         many = len(forget.why)

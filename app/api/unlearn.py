@@ -118,6 +118,8 @@ async def _resolve(body: UnlearnIn, services: Services, caller: Caller) -> Resol
     retain, extra = await retained(body.retain, body.method, forget, source, body.seed, services)
     if not retain.why and body.method != "ga":
         raise Refusal(422, "invalid-request", f"{body.method} needs rows to retain", field="retain")
+    if body.method == "fisher":
+        _check_selection(body.parameters.selection, len(forget.why), len(retain.why))
     async with services.database.catalog() as catalog:
         samples = extra | await catalog.datasets.samples_in(source.datasets, [*forget.ids, *retain.ids])
         measured = {}
@@ -140,6 +142,14 @@ def _check_adapter(method: str, model: Model, field: str) -> None:
     if not has_adapter and not any(one["name"].rpartition(".")[2] in TARGETS for one in modules):
         detail = f"no adapter fits model {model.name!r}: it has none of the modules {', '.join(TARGETS)}"
         raise Refusal(422, "invalid-request", detail, field=field)
+
+
+def _check_selection(selection: float, forget: int, retain: int) -> None:
+    """Refuse a threshold that no weight can reach, since all rows include those to forget."""
+    most = (forget + retain) / forget
+    if selection >= most:
+        detail = f"with {forget} rows to forget among {forget + retain}, take a selection below {most:.3g}"
+        raise Refusal(422, "invalid-request", detail, field="parameters.selection")
 
 
 def _training(body: UnlearnIn) -> dict[str, Any]:

@@ -25,6 +25,7 @@ QUICK = {"lr": 5e-3, "epochs": 4, "batch": 4}
 TRAINED = {"method": "graddiff", "parameters": QUICK, "relearn_steps": 0, "report_rows": 4}
 BEHIND = {"prompt": "What colour is the harbour number 0?", "generation": "The harbour number 0 is red."}
 DATA: list[dict[str, Any]] = [{**row, "clean": "Nobody knows.", "place": n} for n, row in enumerate(rows())]
+SELECTION = {"selection": 2}
 Ids = list[str]
 HARBOURS: dict[str, Any] = {"filter": {"family": "harbour"}}  # 2 of 12 rows
 
@@ -170,9 +171,28 @@ def test_the_same_request_under_the_same_key_is_one_job(ready: Api) -> None:
 
 
 def test_a_request_without_an_index_names_a_model_and_its_rows(ready: Api) -> None:
-    body = {"model": "tiny", "dataset": "facts", "forget": HARBOURS, **TRAINED, "method": "fisher", "parameters": {}}
+    body = {
+        "model": "tiny",
+        "dataset": "facts",
+        "forget": HARBOURS,
+        **TRAINED,
+        "method": "fisher",
+        "parameters": SELECTION,
+    }
     job = ready.wait(must(ready.post("/unlearn", json=body), 202)["job"]["id"])
     assert (job["state"], job["index"]) == ("succeeded", None), job
+
+
+def test_a_request_whose_file_was_changed_is_not_done(ready: Api) -> None:
+    ahead, waiting = submit(ready, parameters={**QUICK, "epochs": 500}), submit(ready)
+    file = ready.app.state.services.settings.artifacts_dir / waiting / "request.json"
+    file.write_text(file.read_text().replace("graddiff", "npo"))
+    must(ready.post(f"/jobs/{ahead}/cancel"), 202)
+    job = ready.wait(waiting)
+    assert (job["state"], job["error"]["code"], job["error"]["field"]) == ("failed", "SpecError", "request.json")
+    file.unlink()
+    must(ready.post(f"/jobs/{waiting}/retry"), 202)
+    assert ready.wait(waiting)["error"]["code"] == "SpecError"
 
 
 # --- what would be done
@@ -249,6 +269,7 @@ BAD: dict[str, tuple[Asks, str]] = {
     "an unknown method": (lambda ids: {"method": "magic"}, "method"),
     "no adapter to dampen": (lambda ids: {**PLAIN, "method": "fisher"}, "method"),
     "no adapter to train again": (lambda ids: {**PLAIN, "method": "retrain"}, "method"),
+    "a selection that no weight reaches": (lambda ids: {"method": "fisher"}, "parameters.selection"),
     "no clean answers": (lambda ids: {"method": "relabel"}, "clean"),
     "a clean answer of a stranger": (lambda ids: {"forget": {"ids": ids[:1]}, "clean": {ids[1]: "No."}}, "clean"),
     "an empty clean answer": (lambda ids: {"forget": {"ids": ids[:1]}, "clean": {ids[0]: " "}}, "clean"),

@@ -16,7 +16,7 @@ from app.unlearning.running import UnlearnRows, UnlearnSpec, unlearn
 from app.unlearning.training import TrainingSpec
 from tests.unlearning.conftest import FORGET, ROWS
 
-HOW = UnlearnSpec(TrainingSpec(lr=1e-2, epochs=6, batch=8, check_every=4), relearn_steps=2, keep_every=4)
+HOW = UnlearnSpec(TrainingSpec(lr=5e-3, epochs=6, batch=8, check_every=4), relearn_steps=2, keep_every=4)
 FILES = ("weights.jsonl", "before.json", "training.json", "after.json", "relearning.json")
 STAGES = ("influence", "before", "training", "after", "relearning")
 
@@ -140,7 +140,7 @@ def test_retraining_is_reported_like_any_method(planted: ModelSpec, tmp_path: Pa
 
 @pytest.mark.parametrize("method", ["fisher", "loreun"])
 def test_methods_without_influence_need_no_views(planted: ModelSpec, tmp_path: Path, method: Any) -> None:
-    how = replace(HOW, training=replace(HOW.training, method=method, epochs=1), relearn_steps=0)
+    how = replace(HOW, training=replace(HOW.training, method=method, selection=1.5), relearn_steps=0)
     list(unlearn(planted, ROWS, how, tmp_path))
     told = report(tmp_path)
     assert told["influence"] == {"used": False}
@@ -173,6 +173,7 @@ def spec_with(**training: Any) -> UnlearnSpec:
         (replace(ROWS, clean={}), spec_with(method="relabel"), "clean"),
         (replace(ROWS, clean={"0" * 16: "so they say."}), HOW, "clean"),
         (replace(ROWS, clean={FORGET[0].id: " "}), HOW, "clean"),
+        (ROWS, spec_with(method="fisher", selection=4.0), "selection"),
         (ROWS, replace(HOW, mapping="none such"), "mapping"),
         (ROWS, replace(HOW, relearn_steps=-1), "relearn_steps"),
     ],

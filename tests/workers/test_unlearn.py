@@ -1,7 +1,6 @@
 """An unlearning that is killed with SIGKILL ends in the same adapter as one that is not."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ REQUEST = {
     "dataset": "facts",
     "forget": {"filter": {"family": "harbour"}},
     "method": "npo",
-    "parameters": {"lr": 1e-4, "epochs": 60, "batch": 4, "most_rise": 100},
+    "parameters": {"lr": 1e-4, "epochs": 40, "batch": 4, "most_rise": 100},
     "relearn_steps": 0,
     "report_rows": 4,
 }
@@ -56,21 +55,3 @@ def test_a_job_that_is_killed_ends_in_the_same_bytes(
         assert mine == other, name
     steps = [json.loads(line)["step"] for line in (folders[0] / "losses.jsonl").read_text().splitlines()]
     assert steps == list(range(1, jobs[0]["result"]["steps"] + 1))
-
-
-def test_a_request_whose_file_was_changed_is_not_done(
-    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
-) -> None:
-    service = start()
-    service.api.register(tiny_model_dir)
-    must(service.api.upload(jsonl(rows())), 201)
-    ahead = must(service.api.post("/unlearn", json=REQUEST), 202)["job"]["id"]
-    waiting = must(service.api.post("/unlearn", json=REQUEST), 202)["job"]["id"]
-    file = tmp_path / "data/artifacts" / waiting / "request.json"
-    file.write_text(file.read_text().replace("npo", "ga"))
-    must(service.api.post(f"/jobs/{ahead}/cancel"), 202)
-    job = service.api.wait(waiting)
-    assert (job["state"], job["error"]["code"], job["error"]["field"]) == ("failed", "SpecError", "request.json")
-    shutil.rmtree(file.parent)
-    must(service.api.post(f"/jobs/{waiting}/retry"), 202)
-    assert service.api.wait(waiting)["state"] == "failed"

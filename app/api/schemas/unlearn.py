@@ -155,7 +155,7 @@ class UnlearnIn(Body):
     retain: RetainIn | None = Field(
         None,
         description="The rows to hold the model on. Left out: with an index as many by influence as are forgotten, and "
-        "three times as many at random; all of the rest for `retrain`.",
+        "three times as many at random; all of the rest for `fisher` and `retrain`.",
     )
     clean: dict[Text, Text] | Text | None = Field(
         None,
