@@ -60,6 +60,7 @@ def test_a_valuation_is_cancelled_between_blocks_and_goes_on(
     problem(api.post("/valuation/select", json=select | {"diversity": 0.5}), 409, "conflict", "diversity")
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_progress_counts_rows_and_says_how_fast(serve: Serve, tiny_model_dir: Path) -> None:
     api = serve(progress_interval_s=0)
     ready(api, tiny_model_dir)
@@ -99,6 +100,7 @@ def test_scores_that_were_stored_before_a_failure_are_stored_once(
     assert [one["rank"] for one in page["items"]] == list(range(1, 61))
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_rows_whose_loss_is_not_finite_have_no_value(serve: Serve, tiny_model_dir: Path) -> None:
     api = serve()
     api.register(tiny_model_dir)
@@ -123,19 +125,20 @@ def test_rows_whose_loss_is_not_finite_have_no_value(serve: Serve, tiny_model_di
     assert (failed["state"], failed["error"]["field"]) == ("failed", "validation")
 
 
+@pytest.mark.parametrize("backend", ["sqlite"], indirect=True)
 def test_an_index_of_the_candidates_gives_the_values(serve: Serve, tiny_model_dir: Path) -> None:
     api = serve()
     ready(api, tiny_model_dir, 60)
     whole = {"projection": {"size": 64}, "max_length": 100}  # no side of a module is wider: nothing is lost
     built = [api.build(kind, dataset="pool", normalisation=kind, **whole) for kind in ("none", "layer")]
     assert [api.wait(one["job"]["id"])["state"] for one in built] == ["succeeded"] * 2
-    exact, indexed = (
-        {one["id"]: one["value"] for one in must(api.get(f"/valuations/{job}/scores", params={"limit": 60}))["items"]}
-        for job in (submit(api, normalize=way, max_length=100), submit(api, normalize=way, index="none"))
-        if api.wait(job)["state"] == "succeeded"
-    )
-    assert len(exact) == 60
-    assert indexed == pytest.approx(exact, rel=0.02, abs=0.002)
+    for way, index in (("none", "none"), ("unit", "none"), ("layer", "layer")):
+        jobs = [submit(api, normalize=way, max_length=100), submit(api, normalize=way, index=index)]
+        assert [api.wait(job)["state"] for job in jobs] == ["succeeded"] * 2
+        pages = [must(api.get(f"/valuations/{job}/scores", params={"limit": 60}))["items"] for job in jobs]
+        exact, indexed = ({one["id"]: one["value"] for one in page} for page in pages)
+        assert len(exact) == 60
+        assert indexed == pytest.approx(exact, rel=0.02, abs=0.002), way
     for field, more in (
         ("normalize", {"index": "layer"}),
         ("max_length", {"index": "none", "max_length": 99}),
