@@ -282,7 +282,7 @@ def value_file(
     except HeadwaterError as error:
         _fail(error.detail)
     except OSError as error:
-        _fail(f"{error.filename}: {error.strerror}")
+        _fail(str(error))
     typer.echo(f"wrote the scores of {done:,} rows to {out}")
     if not is_trusted(student):
         said = "[bold]warning:[/bold] its report says that this student's order is too poor to trust"

@@ -8,11 +8,11 @@ from fastapi import APIRouter, Response
 from app.api import paths
 from app.api.documents import problems
 from app.api.idempotency import IdempotentRoute
+from app.api.schemas.filters import parse
 from app.api.schemas.jobs import JobOut
 from app.api.schemas.valuation import ValuationAccepted, ValuationIn
 from app.api.services import Services, Use
 from app.catalog.catalog import Catalog
-from app.catalog.filters import Condition
 from app.catalog.tables import Dataset, IndexRow, Job, Model
 from app.catalog.types import JobKind, new_id
 from app.influence.corpus import row_from_json
@@ -146,9 +146,13 @@ async def _groups(body: ValuationIn, validation: Dataset, catalog: Catalog) -> d
 
 async def _require_columns(body: ValuationIn, candidates: Dataset, catalog: Catalog) -> None:
     for place, column in enumerate(body.columns or ()):
-        found = await catalog.datasets.samples(candidates.id, 1, -1, [Condition(column, "exists", True)])
-        if not found.items:
-            raise _refusal(f"columns.{place}", f"no row of dataset {candidates.name!r} has the field {column!r}")
+        field = f"columns.{place}"
+        try:
+            exists = parse({column: {"exists": True}})
+        except Refusal as error:
+            raise _refusal(field, error.detail.removeprefix("filter: ")) from error
+        if not (await catalog.datasets.samples(candidates.id, 1, -1, exists)).items:
+            raise _refusal(field, f"no row of dataset {candidates.name!r} has the field {column!r}")
 
 
 def _spec(body: ValuationIn, index: IndexRow | None, services: Services) -> dict[str, Any]:

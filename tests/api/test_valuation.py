@@ -165,7 +165,7 @@ def test_the_summary_tells_what_was_found(api: Api, linfik: str) -> None:
     prices = summary["prices"]
     assert (prices["budget"], prices["paid"]) == (10_000, 10_000)
     assert sum(prices["by_metadata"]["source"].values()) == 10_000
-    assert [one["id"] for one in must(api.get("/valuations", params={"limit": 1}))["items"]]
+    assert linfik in [one["id"] for one in must(api.get("/valuations"))["items"]]
 
 
 def test_the_files_say_the_same_as_the_pages(api: Api, linfik: str) -> None:
@@ -301,6 +301,8 @@ def test_a_group_and_a_filter_narrow_the_choice(api: Api, linfik: str) -> None:
     [
         ({"group_by": "nothing"}, "group_by"),
         ({"columns": ["source", "nothing"]}, "columns.1"),
+        ({"columns": ['so"urce']}, "columns.0"),
+        ({"columns": ["\\"]}, "columns.0"),
         ({"candidates": "held"}, "candidates"),
         ({"label_rows": 40}, "label_rows"),
         ({"student": {"layers": 1}}, "student"),
