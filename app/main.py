@@ -12,7 +12,20 @@ from fastapi import FastAPI
 from opentelemetry.trace import NoOpTracerProvider
 
 from app import logs, problems, tracing
-from app.api import artifacts, datasets, docs, documents, health, indexes, influence, jobs, models, unlearn
+from app.api import (
+    artifacts,
+    datasets,
+    docs,
+    documents,
+    health,
+    indexes,
+    influence,
+    jobs,
+    models,
+    unlearn,
+    valuation,
+    valuations,
+)
 from app.api.gather import Gatherer
 from app.api.guard import Guard
 from app.api.metrics import Metrics
@@ -73,7 +86,19 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             "exclude": lambda scope: scope.get("path") in UNTRACED,
         },
     )
-    for resource in (influence, models, datasets, indexes, unlearn, jobs, artifacts, health, docs):
+    for resource in (
+        influence,
+        models,
+        datasets,
+        indexes,
+        unlearn,
+        valuation,
+        valuations,
+        jobs,
+        artifacts,
+        health,
+        docs,
+    ):
         app.include_router(resource.router)
     problems.install(app)
     app.add_middleware(BodyLimit, limit=settings.max_body_bytes)

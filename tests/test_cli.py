@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from app.cli import app
 from app.settings import Settings
 
-COMMANDS = ("serve", "worker", "migrate", "stack", "demo", "keys", "settings", "openapi")
+COMMANDS = ("serve", "worker", "migrate", "stack", "demo", "value-file", "keys", "settings", "openapi")
 
 
 @pytest.fixture
@@ -106,3 +106,17 @@ def test_a_service_in_which_nobody_works_is_refused(run: CliRunner, monkeypatch:
     result = run.invoke(app, ["settings"])
     assert result.exit_code == 1
     assert "HEADWATER_EMBEDDED_WORKER" in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nowhere", "rows.jsonl"], "there is no student in 'nowhere'"),
+        (["nowhere", "rows.jsonl", "--columns", "prompt"], "--columns is an object"),
+        (["nowhere", "rows.jsonl", "--columns", '{"question": "q"}'], "--columns is an object"),
+    ],
+)
+def test_a_file_that_cannot_be_valued_is_said(run: CliRunner, arguments: list[str], said: str) -> None:
+    done = run.invoke(app, ["value-file", *arguments])
+    assert done.exit_code == 1
+    assert said in done.output

@@ -10,6 +10,7 @@ from app.jobs.runner import Body
 from workers.build_index import AppendSamples, BuildIndex, RepairIndex
 from workers.engines import Engine
 from workers.unlearn import Unlearn
+from workers.value import Value
 
 
 def make_bodies(
@@ -21,4 +22,5 @@ def make_bodies(
         JobKind.APPEND_SAMPLES: AppendSamples(database, compute, engine, indexes_dir),
         JobKind.REPAIR_INDEX: RepairIndex(database, compute, engine, indexes_dir),
         JobKind.UNLEARN: Unlearn(compute, indexes_dir, artifacts_dir),
+        JobKind.VALUATION: Value(database, compute, indexes_dir, artifacts_dir),
     }

@@ -22,6 +22,7 @@ from app.settings import Settings
 
 OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", docs.PAGE, *docs.ASSETS.values()))
 METRICS = "/metrics"
+SELECT = "/valuation/select"
 BY_METHOD = {"GET": Scope.READ, "HEAD": Scope.READ, "POST": Scope.WRITE}
 INCLUDED = {Scope.ADMIN: frozenset(Scope), Scope.WRITE: frozenset((Scope.WRITE, Scope.READ))}
 
@@ -31,13 +32,14 @@ log = structlog.get_logger(__name__)
 def needed(method: str, path: str) -> Scope | None:
     """The scope that a request needs; None: it is open to everybody.
 
-    Looking needs `read`, asking an index `query` (it costs passes through a model), making and changing `write`.
+    Looking needs `read`, asking an index `query` (it costs passes through a model), as does choosing among scores;
+    making and changing needs `write`.
     Resources are shared by all tenants, so what takes one away from everybody needs `admin`, and so does any method
     that this function does not know.
     """
     if path in OPEN:
         return None
-    if path.split("/")[1:2] == ["influence"]:
+    if path.split("/")[1:2] == ["influence"] or path == SELECT:
         return Scope.QUERY
     return BY_METHOD.get(method, Scope.ADMIN)
 

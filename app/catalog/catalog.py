@@ -10,6 +10,7 @@ from app.catalog.keys import Keys
 from app.catalog.models import Models
 from app.catalog.tables import IndexRow
 from app.catalog.tasks import Tasks
+from app.catalog.valuations import Valuations
 
 
 class Catalog:
@@ -22,6 +23,7 @@ class Catalog:
         self.indexes = Indexes(session)
         self.jobs = Jobs(session)
         self.tasks = Tasks(session)
+        self.valuations = Valuations(session)
         self.keys = Keys(session)
         self.api_keys = ApiKeys(session)
 

@@ -1,8 +1,8 @@
-"""Samples in bulk into PostgreSQL: COPY, which takes rows as a stream instead of one statement for each batch."""
+"""Rows in bulk into PostgreSQL: COPY, which takes them as a stream instead of one statement for each batch."""
 
 import asyncio
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import psycopg
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 
-COPY = "COPY samples (dataset_id, ordinal, row_id, record, metadata) FROM STDIN"
+SAMPLES = "COPY samples (dataset_id, ordinal, row_id, record, metadata) FROM STDIN"
 PAUSE = 1_000  # rows; writing into a socket that has room never lets others on the event loop have a turn
 
 
@@ -29,15 +29,27 @@ async def copy_samples(session: AsyncSession, dataset_id: str, samples: Sequence
     Raises:
         DBAPIError: what the driver refuses, as SQLAlchemy would have raised it.
     """
+    rows = (
+        (dataset_id, ordinal, sample.row_id, sample.record, json.dumps(sample.extra, ensure_ascii=False))
+        for ordinal, sample in enumerate(samples)
+    )
+    await copy_rows(session, SAMPLES, rows)
+
+
+async def copy_rows(session: AsyncSession, statement: str, rows: Iterable[Sequence[Any]]) -> None:
+    """Send rows, in the order of the statement's columns, in the session's transaction.
+
+    Raises:
+        DBAPIError: what the driver refuses, as SQLAlchemy would have raised it.
+    """
     raw = await (await session.connection()).get_raw_connection()
     driver = raw.driver_connection
     assert isinstance(driver, psycopg.AsyncConnection)
     try:
-        async with driver.cursor() as cursor, cursor.copy(COPY) as copy:
-            for ordinal, sample in enumerate(samples):
-                extra = json.dumps(sample.extra, ensure_ascii=False)
-                await copy.write_row((dataset_id, ordinal, sample.row_id, sample.record, extra))
-                if ordinal % PAUSE == 0:
+        async with driver.cursor() as cursor, cursor.copy(statement.encode()) as copy:
+            for number, row in enumerate(rows):
+                await copy.write_row(row)
+                if number % PAUSE == 0:
                     await asyncio.sleep(0)
     except psycopg.Error as error:
-        raise DBAPIError.instance(COPY, None, error, psycopg.Error) from error
+        raise DBAPIError.instance(statement, None, error, psycopg.Error) from error

@@ -1,6 +1,7 @@
 """The repository of datasets and their samples."""
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import Any
 
 from sqlalchemy import delete, insert, or_, select
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -9,7 +10,8 @@ from app.catalog.copying import NewSample, copy_samples
 from app.catalog.errors import AlreadyExists, Conflict, NotFound
 from app.catalog.filters import Condition, where
 from app.catalog.pages import Page, newest_first
-from app.catalog.tables import Dataset, IndexDataset, IndexRow, Sample
+from app.catalog.tables import Dataset, IndexDataset, IndexRow, Job, Sample
+from app.catalog.types import JobState
 
 CHUNK = 500  # values in one IN (...) or one insert; SQLite counts its bound variables
 
@@ -62,8 +64,13 @@ class Datasets:
         """Forget a dataset with its samples.
 
         Raises:
-            Conflict: an index takes rows from it, or was measured on it.
+            Conflict: an index takes rows from it, or was measured on it, or an unfinished valuation reads it.
         """
+        reads = or_(*(Job.params[role].as_string() == dataset.id for role in ("candidates", "validation")))
+        unfinished = Job.state.in_((JobState.QUEUED, JobState.RUNNING))
+        job = await self._session.scalar(select(Job.id).where(unfinished, reads).limit(1))
+        if job is not None:
+            raise Conflict(f"job {job} reads dataset {dataset.name!r}: wait for it or cancel it", field="dataset")
         takes = select(IndexDataset.index_id).where(IndexDataset.dataset_id == dataset.id)
         using = select(IndexRow.name).where(IndexRow.id.in_(takes) | (IndexRow.heldout_id == dataset.id))
         index = await self._session.scalar(using.limit(1))
@@ -90,6 +97,16 @@ class Datasets:
         """The canonical records of `count` (all) rows of a dataset from the ordinal `start` on, in their order."""
         query = select(Sample.record).where(Sample.dataset_id == dataset_id, Sample.ordinal >= start)
         return (await self._session.scalars(query.order_by(Sample.ordinal).limit(count))).all()
+
+    async def rows(self, dataset_id: str) -> Sequence[tuple[str, dict[str, Any]]]:
+        """(canonical record, metadata) of a dataset's rows in their order."""
+        query = select(Sample.record, Sample.extra).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
+        return [(record, extra) for record, extra in (await self._session.execute(query)).all()]
+
+    async def metadata(self, dataset_id: str) -> Sequence[dict[str, Any]]:
+        """The metadata of a dataset's rows in their order."""
+        query = select(Sample.extra).where(Sample.dataset_id == dataset_id).order_by(Sample.ordinal)
+        return (await self._session.scalars(query)).all()
 
     async def row_ids(self, dataset_id: str) -> Sequence[str]:
         """The stable ids of a dataset's rows in their order."""

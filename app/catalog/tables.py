@@ -8,7 +8,7 @@ carries an id and nothing else, so it may forget everything without anything bei
 from datetime import datetime
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Enum, Float, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
+from sqlalchemy import JSON, BigInteger, Enum, Float, ForeignKey, Index, MetaData, String, Text, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -190,6 +190,26 @@ class Task(Base):
     worker: Mapped[str | None] = mapped_column(String(100))
     claim: Mapped[str | None] = mapped_column(String(20))
     lease_until: Mapped[float | None] = mapped_column(Float(53))  # seconds since 1970
+
+
+class ValuationScore(Base):
+    """What a row is worth to one group of a valuation's validation rows; rank 1 is the best.
+
+    It outlives the dataset that the row came from, and knows it by its stable id alone. Rows without a value are left
+    out.
+    """
+
+    __tablename__ = "valuation_scores"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    validation_group: Mapped[str] = mapped_column(String(200), primary_key=True)
+    rank: Mapped[int] = mapped_column(primary_key=True)
+    row_id: Mapped[str] = mapped_column(String(16))
+    value: Mapped[float] = mapped_column(Float(53))
+    uncertainty: Mapped[float | None] = mapped_column(Float(53))
+    labelled: Mapped[bool]
+    tokens: Mapped[int]
+    price: Mapped[int | None] = mapped_column(BigInteger)
 
 
 class IdempotencyKey(Base):

@@ -24,7 +24,9 @@ OPERATIONS = [(method.upper(), path) for path, methods in create_app().openapi()
 
 @pytest.mark.parametrize(("method", "path"), [one for one in OPERATIONS if one[1] not in OPEN])
 def test_without_a_key_nothing_but_health_answers(asked_locked: Api, method: str, path: str) -> None:
-    refused = asked_locked.request(method, path.format(model="m", dataset="d", index="i", job="j"))
+    refused = asked_locked.request(
+        method, path.format(model="m", dataset="d", index="i", job="j", path="p", valuation="v")
+    )
     problem(refused, 401, "unauthorized")
     assert refused.headers["www-authenticate"] == "Bearer"
 
