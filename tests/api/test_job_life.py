@@ -101,8 +101,8 @@ def test_a_full_disk_fails_the_job_clearly_and_it_can_be_retried(
 ) -> None:
     compute = build_index.compute_shard
 
-    def full(*args: Any) -> Iterator[Any]:
-        for step in compute(*args):
+    def full(*args: Any, **more: Any) -> Iterator[Any]:
+        for step in compute(*args, **more):
             yield step
             raise OSError(errno.ENOSPC, "No space left on device")
 
