@@ -52,7 +52,7 @@ from app.influence.building import batches
 from app.influence.corpus import Example, Row
 from app.influence.gradients import losses, target_losses
 from app.influence.models import LoadedModel, ModelSpec, load
-from app.valuation.bodies import Body, carry, cut
+from app.valuation.bodies import LENGTHS, Body, carry, cut
 from app.valuation.linfik import Direction, Normalize, Products, directional, mean_gradient, products
 from app.valuation.pairs import sketches
 from app.valuation.ranks import spearman
@@ -429,6 +429,11 @@ def students(
                 "spearman": {n: label_curve(features, values.values(n).numpy()) for n in NORMALIZE},
                 "share_of_linfik_with_10_%": {n: 0.1 + student / a_row[n] for n in NORMALIZE},
             }
+        found["lengths alone"] = {
+            "cpu_seconds_a_row": 0.0,
+            "spearman": {n: label_curve(features[:, -LENGTHS:], values.values(n).numpy()) for n in NORMALIZE},
+            "share_of_linfik_with_10_%": dict.fromkeys(NORMALIZE, 0.1),
+        }
     table = Table(title=f"students: Spearman on {TEST} held-out rows, mean of {DRAWS} draws, by number of labels")
     for column in ("student", "normalize", *map(str, LABELS), "10 % labels + student, of LinFiK's time"):
         table.add_column(column, justify="right")

@@ -22,6 +22,8 @@ from app.influence.models import LoadedModel
 
 LONGEST = 256
 """Tokens of a row that the student reads."""
+LENGTHS = 2
+"""The last so many features are lengths."""
 TOKENS = 4096
 """Padded tokens in one pass."""
 COPIED = ("config.json", "*.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
@@ -84,7 +86,7 @@ class Body:
     @property
     def width(self) -> int:
         """Numbers of a row."""
-        return 2 * int(self.model.config.hidden_size) + 2
+        return 2 * int(self.model.config.hidden_size) + LENGTHS
 
     def features(self, rows: Sequence[Row]) -> torch.Tensor:
         """[rows, width] float32: the mean state of all tokens, that of the response, and both lengths' logarithms.

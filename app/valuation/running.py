@@ -33,7 +33,7 @@ from app.influence.corpus import Encoder, Example, Row, Template
 from app.influence.errors import RowError, SpecError, disk_full_is_named
 from app.influence.index import open_index, write_file
 from app.influence.models import LoadedModel
-from app.valuation.bodies import Body, carry, cut
+from app.valuation.bodies import LENGTHS, Body, carry, cut
 from app.valuation.drawing import Draw, Places, at_random, spread, unsure
 from app.valuation.indexed import indexed_values
 from app.valuation.linfik import Direction, Normalize, Teacher, mean_gradient
@@ -479,6 +479,8 @@ class _Run:
             agreement = [spearman(found[:, g], self.values[test, g]) for g in range(len(self.names))]
             curve.append({"labels": many, "spearman": agreement[0]})
         low, high = interval(agreement[0], len(test))
+        lengths = fit(self._at(fitted)[:, -LENGTHS:], self.values[fitted], 0, self.spec.seed)
+        by_length = spearman(lengths.predict(features[:, -LENGTHS:])[0][:, 0], self.values[test, 0])
         self.head = self._fit(all_)
         self.seconds["student"] = time.perf_counter() - began
         trusted = agreement[0] >= POOR
@@ -490,6 +492,7 @@ class _Run:
             "held_out_rows": len(test),
             "held_out_spearman": agreement[0],
             "held_out_spearman_95": [low, high],
+            "held_out_spearman_of_lengths_alone": by_length,
             "held_out_spearman_by_group": dict(zip(self.names, agreement, strict=True)),
             "by_labels": curve,
             "penalty": self.head.penalty,
@@ -501,6 +504,11 @@ class _Run:
                 f"the student is too poor to trust: on {len(test)} held-out rows its order agrees with LinFiK's by a "
                 f"Spearman correlation of {agreement[0]:.2f} (95 %: {low:.2f} to {high:.2f}), less than {POOR}; label "
                 "more rows, use a stronger encoder, or use linfik"
+            )
+        elif agreement[0] <= by_length:
+            self.plan.warnings.append(
+                f"the student's held-out Spearman correlation of {agreement[0]:.2f} is no better than that of the "
+                f"rows' lengths alone ({by_length:.2f})"
             )
         yield Advance("student", 1, 1, None if trusted else self.plan.warnings[-1])
 

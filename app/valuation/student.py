@@ -19,12 +19,15 @@ from safetensors.numpy import load_file, save
 from app.influence.corpus import Row
 from app.influence.errors import ModelError
 from app.influence.index import write_file
-from app.valuation.bodies import Body
+from app.valuation.bodies import LENGTHS, Body
 from app.valuation.ranks import spearman
 
 Floats = NDArray[np.float64]
 PENALTIES = (1e-3, 1e-2, 1e-1, 1.0, 1e1)
 """Of the mean squared singular value times the number of features over the number of rows."""
+FREE = 10.0
+"""How much larger the lengths are made than the other features, so that the penalty hardly holds them: values depend on
+them strongly, and among a thousand equals they would be shrunk away."""
 HEAD, ABOUT = "head.safetensors", "student.json"
 
 
@@ -81,9 +84,11 @@ def fit(features: Floats, values: Floats, ensemble: int, seed: int) -> Head:
 
 
 def standard(features: Floats) -> tuple[Floats, Floats]:
-    """(mean, scale), [width] each; a column that never changes keeps the scale 1."""
+    """(mean, scale), [width] each; a column that never changes keeps the scale 1, the lengths are enlarged."""
     scale = features.std(0)
-    return features.mean(0), np.where(scale > 1e-9, scale, 1.0)
+    scale = np.where(scale > 1e-9, scale, 1.0)
+    scale[-LENGTHS:] /= FREE
+    return features.mean(0), scale
 
 
 class Ridge:
