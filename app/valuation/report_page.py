@@ -36,8 +36,9 @@ def page(report: Mapping[str, Any], prices: Mapping[str, Any] | None) -> str:
         parts += [
             "<h2>Student</h2>",
             f"<p>Spearman correlation with LinFiK on {student['held_out_rows']} held-out rows: "
-            f"{student['held_out_spearman']:.2f} (95 %: {low:.2f} to {high:.2f}); {said} "
-            f"(from {student['trusted_from']}).</p>",
+            f"{student['held_out_spearman']:.2f} (95 %: {low:.2f} to {high:.2f}), of the rows' "
+            f"lengths alone {student['held_out_spearman_of_lengths_alone']:.2f}; {said} (from "
+            f"{student['trusted_from']}).</p>",
             _table(
                 ("labels", "held-out Spearman"),
                 [(f"{one['labels']:,}", f"{one['spearman']:.2f}") for one in student["by_labels"]],

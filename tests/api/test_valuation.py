@@ -257,8 +257,8 @@ def test_a_provider_scores_its_file_with_the_exported_student(api: Api, alinfik:
         assert len(table) == POOL
         mine = {row["id"]: row for row in table}
         for row_id, one in served.items():  # the service's features lay on disk in half precision
-            assert float(mine[row_id]["value"]) == pytest.approx(one["value"], rel=0.01, abs=1e-3)
-            assert float(mine[row_id]["uncertainty"]) == pytest.approx(one["uncertainty"], rel=0.1, abs=1e-3)
+            assert float(mine[row_id]["value"]) == pytest.approx(one["value"], rel=0.02, abs=2e-3)
+            assert float(mine[row_id]["uncertainty"]) == pytest.approx(one["uncertainty"], rel=0.5, abs=5e-3)
 
 
 # --- choosing ---

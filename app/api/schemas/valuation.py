@@ -174,6 +174,9 @@ class StudentOut(BaseModel):
         description="Spearman correlation with LinFiK on labelled rows that it was not fitted to.", examples=[0.71]
     )
     held_out_spearman_95: list[float] = Field(description="Its 95 % bounds.", examples=[[0.6, 0.8]])
+    held_out_spearman_of_lengths_alone: float = Field(
+        description="The same of a student that sees nothing but the rows' lengths.", examples=[0.41]
+    )
     held_out_rows: int = Field(description="How many rows that rests on.", examples=[200])
     trusted_from: float = Field(description="The correlation from which it is trusted.", examples=[0.5])
     labels: int = Field(description="Rows that it was fitted to.", examples=[1000])
