@@ -46,11 +46,16 @@ def train(
     seed: int,
     console: Console,
     decay: float = 0.0,
+    anneal: bool = False,
 ) -> Iterator[tuple[int, float]]:
-    """Train with AdamW up to the last of the steps `saves`; yields (step, the batch's loss) at each of them."""
+    """Train with AdamW up to the last of the steps `saves`; yields (step, the batch's loss) at each of them.
+
+    The learning rate is constant after a short warm-up, or falls from there to 0 in a straight line (`anneal`).
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8))
+    fall = 1 / saves[-1] if anneal else 0.0
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 8) * (1 - step * fall))
     order = _endless(examples, batch, random.Random(seed))
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         task = progress.add_task("training steps", total=saves[-1])
