@@ -238,7 +238,20 @@ def _hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> It
 
 
 def target_losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """The loss of each target. The output embedding runs on the targets' positions alone."""
+    """The loss of each target of each example."""
+    logits, tokens = target_logits(model, examples)
+    each = nn.functional.cross_entropy(logits, tokens, reduction="none")
+    return list(each.split([len(example.positions) for example in examples]))
+
+
+def target_logits(model: LoadedModel, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model expects at each target, and what stands there; the examples' targets one after the other.
+
+    The output embedding runs on the targets' positions alone.
+
+    Returns:
+        [targets, vocabulary], at least float32, and [targets].
+    """
     length = max(len(example.ids) for example in examples)
     device = model.spec.device
     ids = torch.zeros(len(examples), length, dtype=torch.long)
@@ -262,5 +275,4 @@ def target_losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch
     logits = output.logits[0]
     if logits.dtype != torch.float64:
         logits = logits.float()
-    each = nn.functional.cross_entropy(logits, ids[rows, columns], reduction="none")
-    return list(each.split([len(example.positions) for example in examples]))
+    return logits, ids[rows, columns]

@@ -17,11 +17,6 @@ import torch
 from torch.nn import functional
 
 
-def ascent(forget: torch.Tensor) -> torch.Tensor:
-    """ga, graddiff and loreun's forget term: [batch], minus the loss."""
-    return -forget
-
-
 def npo(forget: torch.Tensor, reference: torch.Tensor, tokens: torch.Tensor, beta: float) -> torch.Tensor:
     """(2 / beta) log(1 + (pi / pi_ref) ** beta), bounded below by 0 where ascent has no bound.
 
@@ -39,10 +34,9 @@ def simnpo(forget: torch.Tensor, beta: float, gamma: float) -> torch.Tensor:
     return -2 / beta * functional.logsigmoid(beta * forget - gamma)
 
 
-def weighted_ascent(clean: torch.Tensor | None, forget: torch.Tensor, descent: float, climb: float) -> torch.Tensor:
+def weighted_ascent(clean: torch.Tensor, forget: torch.Tensor, descent: float, climb: float) -> torch.Tensor:
     """rapidun's forget term before its weight: descent x loss(clean answer) - climb x loss(forgotten answer)."""
-    up = -climb * forget
-    return up if clean is None else descent * clean + up
+    return descent * clean - climb * forget
 
 
 def loss_weights(losses: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -13,10 +13,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
@@ -26,13 +25,15 @@ from app.influence.errors import SpecError
 from app.influence.gradients import target_losses
 from app.influence.index import write_file
 from app.influence.models import LoadedModel
+from app.unlearning.adapter import Adapter
+from app.unlearning.fisher import Importances, dampened
 from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
 
-Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "relabel", "retrain"]
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "retrain"]
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
+BETA = {"npo": 0.1, "simnpo": 2.5}
 NEEDS_CLEAN = ("relabel",)
 WITHOUT_RETAIN = ("ga",)
 
@@ -45,8 +46,9 @@ class TrainingSpec:
         epochs: passes over the forget rows (for retrain: over the retain rows).
         batch: rows a step, retain and forget rows 3:1.
         ascent, descent: RapidUn's alpha and beta: the pull of the forgotten and of the clean answer.
-        beta, gamma: of npo and simnpo.
+        beta, gamma: of npo and simnpo; no beta means the paper's (`BETA`).
         temperature: of loreun's weights.
+        selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`).
         rank, alpha, dropout: of the adapter, where the model brings none.
         most_rise: how far the retain rows' mean loss may rise, relative to before, until training stops.
     """
@@ -57,9 +59,11 @@ class TrainingSpec:
     batch: int = 8
     ascent: float = 1.0
     descent: float = 0.5
-    beta: float = 0.1
+    beta: float | None = None
     gamma: float = 0.0
     temperature: float = 1.0
+    selection: float = 10.0
+    dampening: float = 1.0
     rank: int = 16
     alpha: int = 16
     dropout: float = 0.05
@@ -67,6 +71,16 @@ class TrainingSpec:
     most_rise: float = 0.5
     check_every: int = 10
     seed: int = 0
+
+
+def require_rows(method: Method, forget: int, retain: int, clean: int) -> None:
+    """Raise SpecError where there are too few rows, or clean answers of rows to forget, for a method."""
+    if method != "retrain" and not forget:
+        raise SpecError("there is nothing to forget: no row was chosen", field="forget")
+    if method not in WITHOUT_RETAIN and not retain:
+        raise SpecError(f"{method} needs rows to retain", field="retain")
+    if method in NEEDS_CLEAN and clean < forget:
+        raise SpecError(f"{method} needs a clean answer for every row to forget", field="clean")
 
 
 @dataclass(frozen=True)
@@ -103,14 +117,16 @@ class Unlearner:
     def __post_init__(self) -> None:
         """Raises SpecError for rows that the method cannot work with."""
         spec = self.spec
-        if spec.method != "retrain" and not self.forget:
-            raise SpecError("there is nothing to forget: no row was chosen", field="forget")
-        if spec.method not in WITHOUT_RETAIN and not self.retain:
-            raise SpecError(f"{spec.method} needs rows to retain", field="retain")
-        if spec.method in NEEDS_CLEAN and any(row.clean is None for row in self.forget):
-            raise SpecError(f"{spec.method} needs a clean answer for every row to forget", field="clean")
+        clean = sum(row.clean is not None for row in self.forget)
+        require_rows(spec.method, len(self.forget), len(self.retain), clean)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._adapter, self._weights = self._trained()
+        self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
+        if spec.method == "retrain":
+            self.adapter.forget_everything()
+        if spec.method == "fisher" and not self.adapter.own:
+            raise SpecError("fisher dampens what an adapter has learned, and this model has none", field="method")
+        self.steps: list[Step] = []
+        self._weights = self.adapter.weights
         self.optimizer = torch.optim.AdamW(list(self._weights.values()), lr=spec.lr, weight_decay=0.0)
         rng = random.Random(spec.seed)  # noqa: S311 (no secret)
         self._probe = [row.example for row in rng.sample(self.retain, min(PROBE, len(self.retain)))]
@@ -127,6 +143,8 @@ class Unlearner:
     @property
     def total(self) -> int:
         """Steps in all."""
+        if self.spec.method == "fisher":
+            return len(self.forget) + len(self.retain)
         forget, retain = self.per_step
         rows, each = (len(self.forget), forget) if forget else (len(self.retain), retain)
         return max(1, math.ceil(self.spec.epochs * rows / each))
@@ -137,72 +155,50 @@ class Unlearner:
         It ends early where the retain rows' loss rises past the bound or a loss is not finite: the adapter is then the
         last one that was good, and the last step says why.
         """
-        for weight in self._weights.values():
-            weight.requires_grad_(True)
+        if self.spec.method == "fisher":
+            yield from self._dampen()
+            return
         before = self.mean_loss(self._probe) if self._probe else 1.0
         known = self._known()
         done = self._restore()
-        good = self._copy()
+        good = self.adapter.copy()
         for number in range(done + 1, self.total + 1):
             step = self._step(number, known)
-            stopped = None
+            keep = number % self.keep_every == 0
             if step is None:
-                stopped = "the loss was no longer finite"
-            elif number % self.spec.check_every == 0 or number == self.total:
+                step = Step(number, self.total, None, None, "the loss was no longer finite")
+            elif keep or number % self.spec.check_every == 0 or number == self.total:
                 risen = self.mean_loss(self._probe) / before - 1 if self._probe else 0.0
-                if not risen <= self.spec.most_rise:
-                    stopped = (
-                        f"the retain rows' loss rose by {risen:.0%}, more than the {self.spec.most_rise:.0%} allowed"
-                    )
+                if risen <= self.spec.most_rise:
+                    good = self.adapter.copy()
                 else:
-                    good = self._copy()
-            if stopped is not None:
-                self._put(good)
-                yield Step(number, self.total, None, None, stopped)
+                    allowed = f"more than the {self.spec.most_rise:.0%} allowed"
+                    stopped = f"the retain rows' loss rose by {risen:.0%}, {allowed}"
+                    step = Step(number, self.total, None, None, stopped)
+            self.steps.append(step)
+            if step.stopped is not None:
+                self.adapter.put(good)
+                yield step
                 return
-            if number % self.keep_every == 0:
+            if keep:  # what is kept has been found good: a run that goes on from it falls back to it too
                 self._keep(number)
-            assert step is not None
+            yield step
+
+    def _dampen(self) -> Iterator[Step]:
+        groups = [[row.example for row in rows] for rows in (self.forget, self.retain)]
+        plan = json.dumps(asdict(self.spec))
+        found = Importances(self.model, self.adapter, groups, self.folder / STATE, plan)
+        for number in found.run(self.keep_every):
+            step = Step(number, self.total, None, None)
+            if number == self.total:
+                mine, everything = found.means()
+                parameters = {"selection": self.spec.selection, "dampening": self.spec.dampening}
+                self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
             yield step
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        peft: Any = self.model.model
-        state = {
-            name: weight.detach().cpu().contiguous()
-            for name, weight in get_peft_model_state_dict(peft, adapter_name=self._adapter).items()
-        }
-        config = peft.peft_config[self._adapter].to_dict()
-        config |= {"base_model_name_or_path": "", "inference_mode": True}
-        plain = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-        write_file(folder / "adapter_model.safetensors", save(state, {"format": "pt"}))
-        write_file(folder / "adapter_config.json", json.dumps(plain, indent=1, default=str).encode())
-
-    def _trained(self) -> tuple[str, dict[str, nn.Parameter]]:
-        """The adapter that is trained and its weights: the model's last one, or a fresh one."""
-        last = self.model.checkpoints[-1]
-        self.model.activate(last)
-        name = self.model.adapters.get(last.name)
-        if name is None:
-            torch.manual_seed(self.spec.seed)
-            config = LoraConfig(
-                r=self.spec.rank,
-                lora_alpha=self.spec.alpha,
-                lora_dropout=self.spec.dropout,
-                target_modules=TARGETS,
-                task_type="CAUSAL_LM",
-            )
-            name = "default"
-            try:
-                peft: Any = get_peft_model(self.model.model, config)
-            except ValueError as error:
-                raise SpecError(f"no adapter fits this model: {error}", field="model") from error
-            self.model.model = self.model.models[last.name] = peft
-        weights = {
-            key: weight for key, weight in self.model.model.named_parameters() if f".{name}." in key and "lora_" in key
-        }
-        return name, weights
+        self.adapter.save(folder)
 
     def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[forget rows] twice: the losses before unlearning, and loreun's weights from them."""
@@ -252,22 +248,25 @@ class Unlearner:
         known: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         spec = self.spec
-        clean = None
-        if spec.method in ("rapidun", "relabel") and all(row.clean is not None for row in rows):
-            clean = self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "relabel":
-            assert clean is not None
-            return clean
+            return self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "rapidun":
-            return self._row_weights(rows) * weighted_ascent(clean, each, spec.descent, spec.ascent)
+            return self._row_weights(rows) * weighted_ascent(self._clean(rows), each, spec.descent, spec.ascent)
         if spec.method == "npo":
             tokens = torch.tensor([float(len(row.example.positions)) for row in rows], device=each.device)
-            return npo(each, known[0][list(chosen)], tokens, spec.beta)
+            return npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
         if spec.method == "simnpo":
-            return simnpo(each, spec.beta, spec.gamma)
+            return simnpo(each, spec.beta or BETA["simnpo"], spec.gamma)
         if spec.method == "loreun":
             return -each * known[1][list(chosen)]
         return -each  # ga, graddiff
+
+    def _clean(self, rows: Sequence[TrainingRow]) -> torch.Tensor:
+        """[rows]: the losses of their clean answers, 0 where a row has none."""
+        if all(row.clean is None for row in rows):
+            return torch.zeros(len(rows), device=self.model.spec.device)
+        found = self._losses([row.clean or row.example for row in rows])
+        return torch.where(torch.tensor([row.clean is not None for row in rows], device=found.device), found, 0.0)
 
     def _losses(self, examples: Sequence[Example]) -> torch.Tensor:
         return torch.stack([each.mean() for each in target_losses(self.model, examples)])
@@ -298,21 +297,14 @@ class Unlearner:
             each = [float(target_losses(self.model, [example])[0].mean()) for example in examples]
         return sum(each) / len(each)
 
-    def _copy(self) -> dict[str, torch.Tensor]:
-        return {name: weight.detach().clone() for name, weight in self._weights.items()}
-
-    def _put(self, weights: dict[str, torch.Tensor]) -> None:
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                weight.copy_(weights[name])
-
     def _keep(self, number: int) -> None:
-        state = {f"weight.{name}": weight for name, weight in self._copy().items()}
+        state = {f"weight.{name}": weight for name, weight in self.adapter.copy().items()}
         for name, weight in self._weights.items():
             moments = self.optimizer.state[weight]
             state[f"first.{name}"], state[f"second.{name}"] = moments["exp_avg"], moments["exp_avg_sq"]
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-        write_file(self.folder / STATE, save(plain, {"step": str(number), "spec": json.dumps(asdict(self.spec))}))
+        told = {"spec": json.dumps(asdict(self.spec)), "steps": json.dumps([asdict(step) for step in self.steps])}
+        write_file(self.folder / STATE, save(plain, told))
 
     def _restore(self) -> int:
         """Put the last kept state back; the step it was kept after, 0 without one."""
@@ -323,8 +315,9 @@ class Unlearner:
             told = opened.metadata()
         if json.loads(told["spec"]) != asdict(self.spec):
             raise SpecError("the folder holds a run with other settings", field="spec")
-        state, number = load_file(file), int(told["step"])
-        self._put({name: state[f"weight.{name}"] for name in self._weights})
+        self.steps = [Step(**step) for step in json.loads(told["steps"])]
+        state, number = load_file(file), len(self.steps)
+        self.adapter.put({name: state[f"weight.{name}"] for name in self._weights})
         for name, weight in self._weights.items():
             self.optimizer.state[weight] = {
                 "step": torch.tensor(float(number)),

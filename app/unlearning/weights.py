@@ -54,11 +54,16 @@ def influence_weights(
     mine, theirs = _view(own, "own"), _view(other, "other")
     if mine.shape[1] != theirs.shape[1]:
         raise ValueError(f"own has {mine.shape[1]} rows, other {theirs.shape[1]}: both score the same rows")
+    score = own_scale * per_row(mine, top_k) - other_scale * per_row(theirs, top_k)
+    return score_weights(score, temperature=temperature, minimum=minimum, maximum=maximum)
+
+
+def score_weights(score: Floats, *, temperature: float, minimum: float = 0.2, maximum: float = 3.0) -> Floats:
+    """Steps 4 and 5: a weight for each score [rows], with mean 1; the parameters are `influence_weights`'."""
     if not 0 < minimum <= 1 <= maximum:
         raise ValueError("the bounds must hold 1, and the minimum must be positive")
     if not temperature > 0:
         raise ValueError("the temperature must be positive")
-    score = own_scale * _per_row(mine, top_k) - other_scale * _per_row(theirs, top_k)
     middle = np.median(score)
     spread = max(NORMAL * float(np.median(np.abs(score - middle))), FLOOR)
     z = (score - middle) / spread
@@ -77,13 +82,20 @@ def _view(scores: ArrayLike, name: str) -> Floats:
     return found
 
 
-def _per_row(view: Floats, top_k: int | None) -> Floats:
-    """[rows]: the median over queries of what each keeps."""
+def per_row(view: Floats, top_k: int | None) -> Floats:
+    """Step 2, [rows]: the median over queries of what each keeps."""
     if top_k is not None and top_k < view.shape[1]:
         if top_k < 1:
             raise ValueError("top_k is at least 1")
-        lowest = np.argsort(-view, axis=1, kind="stable")[:, top_k:]  # of equals the earlier row is kept
-        view = view.copy()
-        np.put_along_axis(view, lowest, 0.0, axis=1)
+        kept = np.zeros_like(view)
+        best = highest(view, top_k)
+        np.put_along_axis(kept, best, np.take_along_axis(view, best, axis=1), axis=1)
+        view = kept
     found: Floats = np.median(view, axis=0)
+    return found
+
+
+def highest(view: Floats, top_k: int) -> NDArray[np.int64]:
+    """[queries, top_k]: the rows that each query keeps; of equals the earlier."""
+    found: NDArray[np.int64] = np.argsort(-view, axis=1, kind="stable")[:, :top_k]
     return found

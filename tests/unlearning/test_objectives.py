@@ -35,7 +35,7 @@ def test_simnpo_is_a_log_sigmoid_of_the_length_normalised_likelihood() -> None:
 def test_rapidun_descends_on_the_clean_answer_and_climbs_on_the_forgotten_one() -> None:
     clean = torch.tensor([1.0, 4.0], dtype=torch.float64)
     assert weighted_ascent(clean, LOSS, 0.5, 1.0).tolist() == pytest.approx([0.5 - 0.3, 2.0 - 2.0])
-    assert weighted_ascent(None, LOSS, 0.5, 2.0).tolist() == pytest.approx([-0.6, -4.0])
+    assert weighted_ascent(torch.zeros(2), LOSS, 0.5, 2.0).tolist() == pytest.approx([-0.6, -4.0])
 
 
 def test_loreun_weighs_the_best_known_rows_most_with_mean_one() -> None:
