@@ -20,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from app.influence.building import batches
 from app.influence.corpus import Example
 from app.influence.errors import SpecError
 from app.influence.gradients import target_losses
@@ -29,12 +30,16 @@ from app.unlearning.adapter import Adapter
 from app.unlearning.fisher import Importances, dampened
 from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
 
-Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "retrain"]
+Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "bounded", "retrain"]
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
 BETA = {"npo": 0.1, "simnpo": 2.5}
 NEEDS_CLEAN = ("relabel",)
+NEEDS_KNOWN = ("npo", "loreun", "bounded")
+"""Methods that need the forget rows' losses from before."""
+BUDGET = 1024
+"""Padded tokens a batch of those measurements that take no gradient."""
 WITHOUT_RETAIN = ("ga",)
 
 
@@ -46,7 +51,8 @@ class TrainingSpec:
         epochs: passes over the forget rows (for retrain: over the retain rows).
         batch: rows a step, retain and forget rows 3:1.
         ascent, descent: RapidUn's alpha and beta: the pull of the forgotten and of the clean answer.
-        beta, gamma: of npo and simnpo; no beta means the paper's (`BETA`).
+        ascent, descent of bounded: the same two pulls, the first through npo, which ends where ascent has no end.
+        beta, gamma: of npo, bounded and simnpo; no beta means the paper's (`BETA`).
         temperature: of loreun's weights.
         selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`).
         rank, alpha, dropout: of the adapter, where the model brings none.
@@ -202,11 +208,9 @@ class Unlearner:
 
     def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[forget rows] twice: the losses before unlearning, and loreun's weights from them."""
-        if not self.forget:
+        if self.spec.method not in NEEDS_KNOWN:
             return torch.ones(0), torch.ones(0)
-        self.model.model.eval()
-        with torch.no_grad():
-            before = torch.stack([target_losses(self.model, [row.example])[0].mean() for row in self.forget])
+        before = self._measured([row.example for row in self.forget])
         return before, loss_weights(before, self.spec.temperature)
 
     def _step(self, number: int, known: tuple[torch.Tensor, torch.Tensor]) -> Step | None:
@@ -220,7 +224,8 @@ class Unlearner:
         parts, forget, retain = [], None, None
         if chosen:
             rows = [self.forget[at] for at in chosen]
-            each = self._losses([row.example for row in rows])
+            with torch.set_grad_enabled(self.spec.method != "relabel"):  # there it is only told
+                each = self._losses([row.example for row in rows])
             forget = float(each.detach().mean())
             parts.append(self._forget_terms(rows, each, chosen, known))
         if kept:
@@ -252,9 +257,12 @@ class Unlearner:
             return self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "rapidun":
             return self._row_weights(rows) * weighted_ascent(self._clean(rows), each, spec.descent, spec.ascent)
-        if spec.method == "npo":
+        if spec.method in ("npo", "bounded"):
             tokens = torch.tensor([float(len(row.example.positions)) for row in rows], device=each.device)
-            return npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
+            pushed = npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
+            if spec.method == "npo":
+                return pushed
+            return self._row_weights(rows) * (spec.descent * self._clean(rows) + spec.ascent * pushed)
         if spec.method == "simnpo":
             return simnpo(each, spec.beta or BETA["simnpo"], spec.gamma)
         if spec.method == "loreun":
@@ -292,10 +300,16 @@ class Unlearner:
 
     def mean_loss(self, examples: Sequence[Example]) -> float:
         """The mean over rows of their losses, by the adapter as it is now."""
+        return float(self._measured(examples).mean())
+
+    def _measured(self, examples: Sequence[Example]) -> torch.Tensor:
+        """[examples]: their losses, by the adapter as it is now; no gradient is taken."""
         self.model.model.eval()
+        found = torch.empty(len(examples), device=self.model.spec.device)
         with torch.no_grad():
-            each = [float(target_losses(self.model, [example])[0].mean()) for example in examples]
-        return sum(each) / len(each)
+            for batch in batches(examples, BUDGET):
+                found[batch] = self._losses([examples[at] for at in batch])
+        return found
 
     def _keep(self, number: int) -> None:
         state = {f"weight.{name}": weight for name, weight in self.adapter.copy().items()}
