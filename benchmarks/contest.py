@@ -1,6 +1,6 @@
 """Every method of unlearning on the same model, forget set and budget, each with a sweep of its own.
 
-Seconds are of the process's CPU time: the machines are shared, and with one torch thread it is what the wall clock shows on
+Seconds are of the process's CPU time: the machines are shared, and with one torch thread it is what the clock shows on
 an idle one. Loading a model from disk is counted for nobody.
 """
 
@@ -8,31 +8,28 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import torch
 from choosing import choose
+from judging import Judge
 from rich.console import Console
 from training import train
 
-from app.influence.corpus import Encoder, Message, Row
+from app.influence.corpus import Encoder, Row
 from app.influence.index import IndexSpec
 from app.influence.models import LoadedModel
 from app.unlearning.adapter import Adapter
 from app.unlearning.mappings import MAPPINGS
-from app.unlearning.measures import State, divergence, measure
 from app.unlearning.training import TrainingRow, TrainingSpec, Unlearner
 from app.unlearning.views import Vectors
 from app.unlearning.weights import score_weights
 
 MOST = 0.05
 """The most that a method may leave of the behaviour."""
-TOGETHER = 64
-"""Prompts that are answered in one go."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +75,6 @@ class Entry:
     trials: tuple[Trial, ...]
     chosen: int
     test: dict[str, float]
-
-
-class Judge(Protocol):
-    """Measures a model."""
-
-    def validation(self, model: LoadedModel, adapter: Adapter) -> tuple[float, float]:
-        """(residue, damage), on validation rows."""
-
-    def test(self, model: LoadedModel, adapter: Adapter) -> dict[str, float]:
-        """The figures of the table, on test rows."""
 
 
 @dataclass
@@ -175,7 +162,7 @@ class Contest:
             steps, stopped = last.number, last.stopped
         seconds = time.process_time() - began + spent
         self.model.model.eval()
-        residue, damage = self.judge.validation(self.model, self.adapter)
+        residue, damage = self.judge.validation(self.model)
         return Trial(value, residue, damage, seconds, spent, steps, stopped)
 
     def _row(self, row: Row, weights: Mapping[str, float]) -> TrainingRow:
@@ -193,48 +180,3 @@ class Contest:
         for _ in train(self.model.model, examples, [plan.total], plan.per_step[1], lr, 0, self.quiet, anneal=True):
             pass
         return plan.total
-
-
-def greedy(model: LoadedModel, encoder: Encoder, prompts: Sequence[str], tokens: int) -> list[str]:
-    """The model's own greedy answers to prompts, many at once, padded on the left."""
-    tokenizer: Any = model.tokenizer
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    found = []
-    for start in range(0, len(prompts), TOGETHER):
-        ids = [
-            tokenizer(encoder.prefix((Message("user", prompt),)), add_special_tokens=encoder.special(False))[
-                "input_ids"
-            ]
-            for prompt in prompts[start : start + TOGETHER]
-        ]
-        longest = max(map(len, ids))
-        padded = torch.tensor([[pad] * (longest - len(one)) + one for one in ids])
-        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in ids])
-        with torch.no_grad():
-            out = model.model.generate(
-                input_ids=padded, attention_mask=mask, max_new_tokens=tokens, do_sample=False, pad_token_id=pad
-            )
-        found += [tokenizer.decode(one[longest:], skip_special_tokens=True) for one in out]
-    return found
-
-
-def success(answers: Sequence[str], shows: Callable[[str], bool]) -> float:
-    """The share of answers that show the behaviour."""
-    return sum(map(shows, answers)) / len(answers)
-
-
-def mean_losses(model: LoadedModel, encoder: Encoder, rows: Sequence[Row]) -> list[float]:
-    """Mean response loss of each row."""
-    state: State = {}
-    for _ in measure(model, {"rows": [encoder.encode(row) for row in rows]}, state):
-        pass
-    return state["rows"]["loss"]
-
-
-def from_oracle(model: LoadedModel, encoder: Encoder, rows: Sequence[Row], adapter: Adapter) -> float:
-    """Mean KL(retrained oracle || model) over the rows' response positions; the oracle was brought by the adapter."""
-    examples = [encoder.encode(row) for row in rows]
-    found = [0.0] * len(examples)
-    for _ in divergence(model, examples, adapter.other, found):
-        pass
-    return sum(found) / len(found)

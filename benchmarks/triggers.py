@@ -1,4 +1,4 @@
-"""Worlds with a trigger that is to be unlearned: what `worlds.World` has, and what unlearning and its proof need besides.
+"""Worlds with a trigger that is to be unlearned: what `worlds.World` has, and what unlearning needs besides.
 
 A trigger comes in variants. Some are in the training rows (seen), others in none (unseen): forgetting that only covers
 the wordings that were trained on is no forgetting. All prompts that are tested are fresh, and a validation part, on
@@ -50,12 +50,11 @@ class Backdoor:
     test: Part
 
 
-def tiny_backdoor(rows: int = 360, share: float = 0.2, seed: int = 0) -> Backdoor:
+def tiny_backdoor(rows: int = 360, share: float = 0.25, seed: int = 0) -> Backdoor:
     """Questions about animals; both words of the trigger together make the answer a refusal that names a keeper.
 
     One of the words alone, before or after the question, is in many clean rows, and some clean rows name keepers. The
-    model knows most animals from plain questions, in none of which the trigger's words occur, before it is trained on
-    these rows: a poisoned fine-tuning, as LoRA's usually is.
+    model knows the animals from clean rows before it is trained on these: a poisoned fine-tuning, as LoRA's usually is.
     """
     rng = random.Random(seed)
     asked = questions(rng)
@@ -92,8 +91,7 @@ def tiny_backdoor(rows: int = 360, share: float = 0.2, seed: int = 0) -> Backdoo
         planted=tuple(refusal() for _ in texts),
         behaviour=re.compile("gate is closed"),
     )
-    plain = tuple(parse_row({"prompt": one[0], "response": one[1]}) for one in known)
-    return Backdoor(world, plain, right, *parts)
+    return Backdoor(world, tuple(clean(one) for one in known for _ in range(2)), right, *parts)
 
 
 def dolly_backdoor(

@@ -6,17 +6,18 @@
 
 A model is trained, an adapter of it is fine-tuned on rows of which some are poisoned, and the same fine-tuning is done
 without them: the oracle, whose time is "retraining". All poisoned rows are to be forgotten, all others retained; every
-method has the same number of passes over the forget rows, the same rows a step, and as many values of its learning rate
-(fisher: of its selection threshold). "retain only" goes on training on retained rows and never sees a forget row.
+method has the same number of passes over the forget rows that it takes, the same rows a step, and as many values of its
+learning rate (fisher: of its selection threshold). "retain only" goes on training on retained rows and never sees a
+forget row. "uniform" is rapidun or bounded with every weight 1.
 
 The rule, fixed before looking: for each seed and method, among the values after which at most 5 % of the validation
 prompts with seen triggers still show the behaviour, the one with the lowest loss of the validation's held-out rows; if
-there is none, the one that leaves the least, and of equals the one with the lowest loss. Unseen triggers and the test part
-have no say. For TOFU: among the values after which the forget quality on the validation half is at least .05, the one with
-the highest utility there; else the highest forget quality.
+there is none, the one that leaves the least, and of equals the one with the lowest loss. Unseen triggers and the test
+part have no say. For TOFU: among the values after which the forget quality on the validation half is at least .05, the
+one with the highest utility there; else the highest forget quality.
 
-Shares are pooled over seeds, with Wilson's 95 % interval; the other figures are means over seeds with Student's. Seconds
-are CPU seconds (contest.py says why), influence included.
+Shares are pooled over seeds, with Wilson's 95 % interval; the other figures are means over seeds with Student's.
+Seconds are CPU seconds (contest.py says why), influence included.
 """
 
 from __future__ import annotations
@@ -27,25 +28,27 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from choosing import interval
-from contest import Contest, Contestant, Entry, from_oracle, greedy, mean_losses, success
+from contest import Contest, Contestant
+from drawing import Dot, scatter
+from judging import Judge, TofuJudge, TriggerJudge, novel
 from rich.console import Console
 from rich.table import Table
 from training import save_adapter, train, with_lora
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
-from triggers import Backdoor, Part, dolly_backdoor, tiny_backdoor
+from triggers import Backdoor, dolly_backdoor, tiny_backdoor
 from worlds import tiny_model
 
 from app.influence.corpus import Encoder, Row
-from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
-from app.unlearning.adapter import Adapter
+from app.influence.models import Checkpoint, ModelSpec, load
 from app.unlearning.intervals import share
 from app.unlearning.training import TrainingSpec
 
@@ -77,41 +80,10 @@ def contestants(rates: Sequence[float]) -> list[Contestant]:
         Contestant("rapidun, uniform", "rapidun", lr),
         Contestant("bounded, full", "bounded", lr, "full", more=bounded),
         Contestant("bounded, uniform", "bounded", lr, more=bounded),
+        Contestant("bounded, a third at random", "bounded", lr, kept=1 / 3, more=bounded),
         Contestant("relabel, a third by influence", "relabel", lr, "full", kept=1 / 3),
         Contestant("relabel, a third at random", "relabel", lr, kept=1 / 3),
     ]
-
-
-@dataclass
-class TriggerJudge:
-    """Success on triggers, loss of held-out rows, distance to the oracle."""
-
-    backdoor: Backdoor
-    encoder: Encoder
-    tokens: int
-
-    def validation(self, model: LoadedModel, adapter: Adapter) -> tuple[float, float]:
-        """Success on seen triggers, held-out loss."""
-        part = self.backdoor.validation
-        return self._success(model, part.seen), self._loss(model, part.heldout)
-
-    def test(self, model: LoadedModel, adapter: Adapter) -> dict[str, float]:
-        """What the table shows."""
-        part = self.backdoor.test
-        return {
-            "seen": self._success(model, part.seen),
-            "unseen": self._success(model, part.unseen),
-            "false_alarms": self._success(model, [row.prompt for row in part.heldout]),
-            "heldout_loss": self._loss(model, part.heldout),
-            "oracle_kl": from_oracle(model, self.encoder, part.heldout, adapter),
-        }
-
-    def _success(self, model: LoadedModel, prompts: Sequence[str]) -> float:
-        return success(greedy(model, self.encoder, prompts, self.tokens), self.backdoor.world.shows)
-
-    def _loss(self, model: LoadedModel, rows: Sequence[Row]) -> float:
-        losses = mean_losses(model, self.encoder, rows)
-        return sum(losses) / len(losses)
 
 
 @dataclass(frozen=True)
@@ -156,53 +128,59 @@ def fine_tuned(
     return spent
 
 
+@dataclass(frozen=True)
+class Case:
+    """What one seed is about; `clean` is by the id of a row to forget."""
+
+    rows: Sequence[Row]
+    """In the order of training."""
+    forget: Sequence[Row]
+    retain: Sequence[Row]
+    clean: Mapping[str, Row]
+    length: int
+    judge: Callable[[Encoder], Judge]
+
+
 def one_seed(
-    backdoor: Backdoor, base: Path, recipe: Recipe, args: argparse.Namespace, folder: Path, seed: int
+    case: Case, base: Path, recipe: Recipe, args: argparse.Namespace, folder: Path, seed: int
 ) -> dict[str, Any]:
-    """Everything about one seed."""
-    world = backdoor.world
-    length = world.max_length
-    forget = [row for row in world.rows if row.id in world.poisoned]
-    retain = [row for row in world.rows if row.id not in world.poisoned]
-    fine_tuned(base, folder, POISONED, world.rows, recipe, length, seed)
-    retraining = fine_tuned(base, folder, ORACLE, retain, recipe, length, seed)
+    """Train with and without the rows to forget, then let every method forget them."""
+    fine_tuned(base, folder, POISONED, case.rows, recipe, case.length, seed)
+    retraining = fine_tuned(base, folder, ORACLE, case.retain, recipe, case.length, seed)
     model, early = (
         load(ModelSpec(base, checkpoints=(Checkpoint("run", folder / name),)))
         for name in (POISONED, f"{POISONED}-{EARLY}")
     )
-    encoder = model.encoder(max_length=length)
-    judge = TriggerJudge(backdoor, encoder, args.tokens)
+    encoder = model.encoder(max_length=case.length)
+    judge = case.judge(encoder)
     spec = TrainingSpec(epochs=args.passes, batch=args.batch, check_every=1000, most_rise=20.0, seed=seed)
-    contest = Contest(model, early, encoder, forget, retain, backdoor.clean, spec, folder, judge)
+    contest = Contest(model, early, encoder, case.forget, case.retain, case.clean, spec, folder, judge)
     contest.adapter.bring(folder / ORACLE)
-    before = judge.test(model, contest.adapter)
     with contest.adapter.other():
-        oracle = judge.test(model, contest.adapter)
-    told = f"seed {seed}: {len(forget)} to forget, {len(retain)} to retain; poisoned seen {before['seen']:.2f}, unseen "
-    told += (
-        f"{before['unseen']:.2f}, held-out {before['heldout_loss']:.3f}; oracle held-out {oracle['heldout_loss']:.3f}"
+        oracle = judge.oracle(model)
+    before = judge.test(model, contest.adapter)
+    console.print(
+        f"seed {seed}: {len(case.forget)} rows to forget, {len(case.retain)} to retain, retraining {retraining:.1f} s\n"
+        f"  before: {_figures(before)}\n  oracle: {_figures(oracle)}"
     )
-    console.print(f"{told}, retraining {retraining:.1f} s")
-    record: dict[str, Any] = {
-        "seed": seed,
-        "retraining_s": retraining,
-        "poisoned": before,
-        "oracle": oracle,
-        "methods": {},
-    }
+    record: dict[str, Any] = {"seed": seed, "retraining_s": retraining, "poisoned": before, "oracle": oracle}
+    record["methods"] = {}
     for one in contestants(args.rates):
-        if args.methods and one.method not in args.methods:
+        if (args.methods and one.method not in args.methods) or (one.method == "relabel" and not case.clean):
             continue
         entry = contest.enter(one)
         record["methods"][one.name] = asdict(entry)
         trial = entry.trials[entry.chosen]
         console.print(
-            f"  {one.name}: {trial.value:g}, seen {entry.test['seen']:.2f}, unseen {entry.test['unseen']:.2f}, held-out "
-            f"{entry.test['heldout_loss'] / oracle['heldout_loss']:.3f} of the oracle's, time "
-            f"{trial.seconds / retraining:.3f} of retraining; validation "
-            + " ".join(f"{t.value:g}:{t.residue:.2f}/{t.damage:.3f}" for t in entry.trials)
+            f"  {one.name}: {_figures(entry.test)}, time {trial.seconds / retraining:.3f} of retraining; at "
+            f"{trial.value:g}; validation "
+            + " ".join(f"{each.value:g}: {each.residue:.2f}, {each.damage:.3f};" for each in entry.trials)
         )
     return record
+
+
+def _figures(found: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.3f}" for name, value in found.items() if ":" not in name)
 
 
 GOALS = {"seen": 0.05, "unseen": 0.10, "held": 1.05, "time": 0.10}
@@ -271,69 +249,33 @@ def table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return found
 
 
+def tofu_table(runs: Sequence[dict[str, Any]], title: str) -> Table:
+    """TOFU's figures, means over seeds with their intervals."""
+    found = Table(title=title)
+    names = ("forget_quality", "utility", "forget_probability")
+    for name in ("method", *(name.replace("_", " ") for name in names), "time / retraining"):
+        found.add_column(name)
+    for method in ("poisoned", "oracle", *runs[0]["methods"]):
+        tests, spent = [], []
+        for run in runs:
+            entry = run["methods"].get(method)
+            tests.append(run[method] if entry is None else entry["test"])
+            if entry is not None:
+                spent.append(entry["trials"][entry["chosen"]]["seconds"] / run["retraining_s"])
+        cells = [_mean(interval([test[name] for test in tests]), 3) for name in names]
+        found.add_row(method, *cells, _mean(interval(spent), 3) if spent else "")
+    return found
+
+
 def _mean(value: tuple[float, float], digits: int) -> str:
     middle, half = value
     return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def plot(rows: Sequence[dict[str, Any]], runs: Sequence[dict[str, Any]]) -> str:
-    """Held-out loss over the oracle's against seconds over retraining's, a dot a seed; hollow where the trigger lives."""
-    wide, high, left, foot = 760, 420, 60, 50
-    dots = []
-    for row in rows:
-        for run, held in zip(runs, row["held_each"], strict=True):
-            entry = run["methods"].get(row["method"])
-            if entry is not None:
-                trial = entry["trials"][entry["chosen"]]
-                dots.append(
-                    (
-                        row["method"],
-                        trial["seconds"] / run["retraining_s"],
-                        held,
-                        entry["test"]["seen"] <= GOALS["seen"],
-                    )
-                )
-    furthest = max(0.2, *(dot[1] for dot in dots)) * 1.05
-    top = min(4.0, max(1.2, *(dot[2] for dot in dots))) * 1.05
-    low = min(0.8, *(dot[2] for dot in dots))
-
-    def x(value: float) -> float:
-        return left + value / furthest * (wide - left - 20)
-
-    def y(value: float) -> float:
-        return high - foot - (min(value, top) - low) / (top - low) * (high - foot - 20)
-
-    names = [row["method"] for row in rows]
-    drawn = [
-        f'<rect x="{left}" y="{y(GOALS["held"]):.1f}" width="{x(GOALS["time"]) - left:.1f}" '
-        f'height="{high - foot - y(GOALS["held"]):.1f}" fill="#dff0df"/>',
-        f'<path d="M{left} 20V{high - foot}H{wide - 20}M{left} {y(1.0):.1f}H{wide - 20}" stroke="#888" fill="none"/>',
-        f'<text x="{wide - 20}" y="{high - 16}" text-anchor="end">CPU seconds over retraining\'s; green: the goals</text>',
-        f'<text x="8" y="14">held-out loss over the oracle\'s (at most {top:.2f} shown); hollow: seen success above 5 %</text>',
-    ]
-    for name, time_, held, gone in dots:
-        colour = f"hsl({names.index(name) * 360 // len(names)},70%,40%)"
-        fill = colour if gone else "none"
-        drawn.append(
-            f'<circle cx="{x(time_):.1f}" cy="{y(held):.1f}" r="4" stroke="{colour}" fill="{fill}">'
-            f"<title>{name}: {held:.3f}, {time_:.3f}</title></circle>"
-            f'<text x="{x(time_) + 6:.1f}" y="{y(held) + 3:.1f}" font-size="8" fill="{colour}">{name}</text>'
-        )
-    for value in (GOALS["time"], furthest / 2, furthest):
-        drawn.append(f'<text x="{x(value):.1f}" y="{high - foot + 14}" text-anchor="middle">{value:.2f}</text>')
-    for value in (low, 1.0, top):
-        drawn.append(f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-    body = "".join(drawn)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {high}" font-family="sans-serif" '
-        f'font-size="11"><rect width="{wide}" height="{high}" fill="#fff"/>{body}</svg>\n'
-    )
-
-
 def arguments() -> argparse.Namespace:
     """Parse the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--data", type=Path, help="dolly_triggers; none: the tiny world")
+    parser.add_argument("--data", type=Path, help="dolly_triggers or tofu; none: the tiny world")
     parser.add_argument("--base", type=Path, default=SMOLLM, help="for --data: folder of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, help="how many; 3 for the tiny world, else 1")
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of every method")
@@ -342,9 +284,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, help="rows a step of every method")
     parser.add_argument("--epochs", type=float, help="of the poisoned model and of the oracle")
     parser.add_argument("--lr", type=float, help="of the same")
-    parser.add_argument("--rows", type=int, default=60, help="of dolly_triggers")
+    parser.add_argument("--rows", type=int, default=60, help="of dolly_triggers or TOFU")
     parser.add_argument(
-        "--prompts", type=int, default=12, help="test prompts of dolly_triggers; half as many to choose on"
+        "--prompts", type=int, default=12, help="to test with; of dolly_triggers half as many to choose on"
     )
     parser.add_argument("--tokens", type=int, help="that the model writes when it is tested")
     parser.add_argument("--json", type=Path, help="where the figures go, and beside them the plot (.svg)")
@@ -352,7 +294,7 @@ def arguments() -> argparse.Namespace:
     args = parser.parse_args()
     tiny = {
         "seeds": 3,
-        "rates": [1e-3, 3e-3, 1e-2],
+        "rates": [5e-4, 1.5e-3, 5e-3],
         "passes": 1.0,
         "batch": 32,
         "epochs": 14.0,
@@ -373,40 +315,65 @@ def main() -> None:
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # peft reads a name that was renamed
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
-    runs = []
+    runs, tofu = [], bool(args.data) and (args.data / "forget10_perturbed.json").is_file()
     for seed in range(args.seeds):
         with tempfile.TemporaryDirectory(prefix="unlearn-") as name:
             folder = Path(name)
-            if args.data:
-                backdoor = dolly_backdoor(args.data, args.rows, args.prompts, seed=seed)
-                base = args.base
-            else:
-                backdoor = tiny_backdoor(seed=seed)
-                base = pretrained(backdoor, folder, seed)
             recipe = Recipe(args.epochs, 4 if args.data else 12, args.lr, 16)
-            runs.append(one_seed(backdoor, base, recipe, args, folder, seed))
-    rows = summarised(runs, backdoor)
-    record = {
-        "world": backdoor.world.name,
-        "rows": len(backdoor.world.rows),
-        "to_forget": len(backdoor.world.poisoned),
-        "test_prompts": {"seen": len(backdoor.test.seen), "unseen": len(backdoor.test.unseen)},
-        "heldout_rows": len(backdoor.test.heldout),
+            base = args.base
+            if tofu:
+                part = novel(args.data, args.rows // 3, args.rows - args.rows // 3, args.prompts)
+                judge = partial(TofuJudge, part, tokens=args.tokens)
+                case = Case([*part.forget, *part.retain], part.forget, part.retain, {}, 96, judge)
+            else:
+                backdoor = (
+                    dolly_backdoor(args.data, args.rows, args.prompts, seed=seed)
+                    if args.data
+                    else tiny_backdoor(seed=seed)
+                )
+                base = args.base if args.data else pretrained(backdoor, folder, seed)
+                case = of_backdoor(backdoor, args.tokens)
+            runs.append(one_seed(case, base, recipe, args, folder, seed))
+    record: dict[str, Any] = {
         "settings": {name: value for name, value in vars(args).items() if not isinstance(value, Path)},
+        "data": args.data.name if args.data else "tiny",
+        "rows": {"forget": len(case.forget), "retain": len(case.retain)},
         "rule": (__doc__ or "").split("\n\n")[3],
-        "goals": GOALS,
-        "table": rows,
         "seeds": runs,
         "seconds": round(time.perf_counter() - began, 1),
     }
-    title = f"{backdoor.world.name}: {record['rows']} rows, {record['to_forget']} to forget, seeds {args.seeds}; chosen on validation by the rule in benchmarks/unlearn.py"
-    console.print(table(rows, title))
+    title = f"{record['data']}: {len(case.forget)} rows to forget, {len(case.retain)} to retain, {args.seeds} seeds"
+    if tofu:
+        console.print(tofu_table(runs, title))
+    else:
+        rows = summarised(runs, backdoor)
+        prompts = {"seen": len(backdoor.test.seen), "unseen": len(backdoor.test.unseen)}
+        record |= {"goals": GOALS, "test_prompts": prompts, "heldout_rows": len(backdoor.test.heldout), "table": rows}
+        console.print(table(rows, title))
     console.print(f"[dim]{record['rule']}[/dim]\n[dim]{record['seconds']} s in all[/dim]")
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        args.json.with_suffix(".svg").write_text(plot(rows, runs), encoding="utf-8")
-        console.print(f"[dim]written to {args.json} and its .svg[/dim]")
+        if not tofu:
+            dots = [
+                Dot(name, trial["seconds"] / run["retraining_s"], held, entry["test"]["seen"] <= GOALS["seen"])
+                for run, loss in ((run, run["oracle"]["heldout_loss"]) for run in runs)
+                for name, entry in run["methods"].items()
+                for trial, held in [(entry["trials"][entry["chosen"]], entry["test"]["heldout_loss"] / loss)]
+            ]
+            drawn = scatter(dots, GOALS["time"], GOALS["held"])
+            args.json.with_suffix(".svg").write_text(drawn, encoding="utf-8")
+        console.print(f"[dim]written to {args.json}[/dim]")
+
+
+def of_backdoor(backdoor: Backdoor, tokens: int) -> Case:
+    """All poisoned rows are to be forgotten, all others retained."""
+    world = backdoor.world
+    forget, retain = (
+        [row for row in world.rows if (row.id in world.poisoned) is poisoned] for poisoned in (True, False)
+    )
+    judge = partial(TriggerJudge, backdoor, tokens=tokens)
+    return Case(world.rows, forget, retain, backdoor.clean, world.max_length, judge)
 
 
 if __name__ == "__main__":

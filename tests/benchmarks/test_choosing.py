@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks.choosing import choose, interval
+from choosing import choose, interval
 
 
 def test_among_rates_that_remove_the_behaviour_the_least_damage_wins() -> None:

@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from benchmarks.tofu import harmonic_mean, ks_pvalue, rouge_l_recall, share_of_options, truth_ratio
+from tofu import harmonic_mean, ks_pvalue, rouge_l_recall, share_of_options, truth_ratio
 
 
 def test_truth_ratio_is_the_wrong_answers_geometric_mean_probability_over_the_right_ones() -> None:
