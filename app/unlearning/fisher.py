@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 
 from app.influence.corpus import Example
+from app.influence.errors import SpecError
 from app.influence.gradients import target_losses
 from app.influence.index import write_file
 from app.influence.models import LoadedModel
@@ -56,7 +57,7 @@ class Importances:
         return sum(map(len, self.groups))
 
     def run(self, keep_every: int) -> Iterator[int]:
-        """Add the rows, one at a time; yields how many are done."""
+        """Add the rows that an earlier run has not, one at a time; yields how many are done."""
         self._restore()
         self.model.model.eval()
         owners = [(group, example) for group, examples in enumerate(self.groups) for example in examples]
@@ -65,7 +66,7 @@ class Importances:
             found = torch.autograd.grad(loss, list(self.adapter.weights.values()))
             for name, gradient in zip(self.adapter.weights, found, strict=True):
                 self.sums[group][name] += gradient.float().square()
-            self.losses.append(float(loss))
+            self.losses.append(float(loss.detach()))
             if done % keep_every == 0 or done == self.total:
                 self._keep()
             yield done
@@ -84,7 +85,10 @@ class Importances:
         if not self.file.is_file():
             return
         with safe_open(self.file, "pt") as opened:
-            self.losses = json.loads(opened.metadata()["losses"])
+            told = opened.metadata()
+        if told["spec"] != self.plan:
+            raise SpecError("the folder holds a run with other settings", field="spec")
+        self.losses = json.loads(told["losses"])
         state = load_file(self.file)
         for group, sums in enumerate(self.sums):
             for name, each in sums.items():

@@ -54,8 +54,8 @@ BY_ROW = {
 }
 """The measures that are a mean of a number for each row: the group and the number's name."""
 NOTES = (
-    "Intervals are 95 %, over rows: bootstrap for means and areas, Wilson's for shares; `change` is after minus before, row "
-    "by row. They say nothing about another seed.",
+    "Intervals are 95 %, over rows: bootstrap for means and areas, Wilson's for shares; `change` is after less before, "
+    "row by row. They say nothing about another seed.",
     "A measure is null where there are no rows for it.",
 )
 

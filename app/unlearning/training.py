@@ -129,13 +129,24 @@ class Unlearner:
         self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
             self.adapter.forget_everything()
-        if spec.method == "fisher" and not self.adapter.own:
-            raise SpecError("fisher dampens what an adapter has learned, and this model has none", field="method")
+        if spec.method == "fisher":
+            self._check_selection()
         self.steps: list[Step] = []
         self._weights = self.adapter.weights
         self.optimizer = torch.optim.AdamW(list(self._weights.values()), lr=spec.lr, weight_decay=0.0)
         rng = random.Random(spec.seed)  # noqa: S311 (no secret)
         self._probe = [row.example for row in rng.sample(self.retain, min(PROBE, len(self.retain)))]
+
+    def _check_selection(self) -> None:
+        if not self.adapter.own:
+            raise SpecError("fisher dampens what an adapter has learned, and this model has none", field="method")
+        most = (len(self.forget) + len(self.retain)) / len(self.forget)
+        if self.spec.selection >= most:
+            detail = (
+                f"{len(self.forget)} rows to forget among {len(self.forget) + len(self.retain)}: no weight can matter "
+                f"{self.spec.selection:g} times as much to them as to all; take a selection below {most:.3g}"
+            )
+            raise SpecError(detail, field="selection")
 
     @property
     def per_step(self) -> tuple[int, int]:
@@ -191,16 +202,20 @@ class Unlearner:
             yield step
 
     def _dampen(self) -> Iterator[Step]:
+        """fisher: a step is a row whose importances are added; the adapter changes after the last."""
         groups = [[row.example for row in rows] for rows in (self.forget, self.retain)]
-        plan = json.dumps(asdict(self.spec))
-        found = Importances(self.model, self.adapter, groups, self.folder / STATE, plan)
-        for number in found.run(self.keep_every):
-            step = Step(number, self.total, None, None)
-            if number == self.total:
-                mine, everything = found.means()
-                parameters = {"selection": self.spec.selection, "dampening": self.spec.dampening}
-                self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
-            yield step
+        found = Importances(self.model, self.adapter, groups, self.folder / STATE, json.dumps(asdict(self.spec)))
+
+        def step(number: int) -> Step:
+            loss, mine = found.losses[number - 1], number <= len(self.forget)
+            return Step(number, self.total, loss if mine else None, None if mine else loss)
+
+        yield from map(step, found.run(self.keep_every))
+        self.steps = [step(number) for number in range(1, self.total + 1)]
+        mine, everything = found.means()
+        spec = self.spec
+        changed = dampened(self.adapter.first, mine, everything, selection=spec.selection, dampening=spec.dampening)
+        self.adapter.put(changed)
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""

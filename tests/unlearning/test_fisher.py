@@ -1,0 +1,47 @@
+"""Selective synaptic dampening against its formula, and its importances against autograd."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from app.influence.gradients import target_losses
+from app.influence.models import ModelSpec, load
+from app.unlearning.adapter import Adapter
+from app.unlearning.fisher import Importances, dampened
+from tests.unlearning.conftest import ROWS
+
+
+def test_weights_are_selected_and_dampened_by_the_formula() -> None:
+    weight = {"w": torch.tensor([1.0, 2.0, -3.0, 4.0])}
+    forget, everything = {"w": torch.tensor([4.0, 1.0, 9.0, 0.0])}, {"w": torch.tensor([1.0, 1.0, 3.0, 0.0])}
+    found = dampened(weight, forget, everything, selection=2.0, dampening=1.0)
+    assert found["w"].tolist() == pytest.approx([1 / 4, 2.0, -3 * 3 / 9, 4.0])
+    strong = dampened(weight, forget, everything, selection=2.0, dampening=8.0)
+    assert strong["w"].tolist() == [1.0, 2.0, -3.0, 4.0], "a weight is never made larger"
+
+
+def test_importances_are_means_of_squared_gradients_and_go_on_after_a_kill(planted: ModelSpec, tmp_path: Path) -> None:
+    model = load(planted)
+    adapter = Adapter(model, rank=4, alpha=4, dropout=0.0, seed=0)
+    encoder = model.encoder()
+    groups = [[encoder.encode(row) for row in rows[:3]] for rows in (ROWS.forget, ROWS.retain)]
+    expected = {name: torch.zeros_like(weight) for name, weight in adapter.first.items()}
+    for example in groups[0]:
+        adapter.peft.zero_grad()
+        target_losses(model, [example])[0].mean().backward()
+        for name, weight in adapter.weights.items():
+            assert weight.grad is not None
+            expected[name] += weight.grad**2 / len(groups[0])
+    for cut in (2, 4):  # before and after the first group ends
+        file = tmp_path / f"{cut}.safetensors"
+        for done in Importances(model, adapter, groups, file, "plan").run(keep_every=1):
+            if done == cut:
+                break
+        again = Importances(model, adapter, groups, file, "plan")
+        assert next(again.run(keep_every=1)) == cut + 1
+        assert list(again.run(keep_every=1))[-1] == again.total
+        mine, everything = again.means()
+        for name in expected:
+            torch.testing.assert_close(mine[name], expected[name])
+            assert (everything[name] >= mine[name] / 2 - 1e-12).all()
