@@ -8,6 +8,7 @@ that it depends neither on a row's length nor on its batch mates. log pi(y|x) of
 * simnpo: the same without a reference, by length-normalised likelihood (Fan et al., 2024, eq. 4).
 * loreun: gradient difference with forget rows weighted by their own loss (LoReUn, 2025).
 * relabel: descent on clean answers in place of the forgotten ones.
+* fisher, dampen: no loss; see fisher.py.
 * bounded: rapidun with npo's bounded ascent in place of its own; ours (docs/results.md).
 * rapidun: weighted descent on clean answers, weighted ascent on the forgotten ones (RapidUn, 2025; METHODS section 4).
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -23,14 +23,16 @@ from torch import nn
 from app.influence.building import batches
 from app.influence.corpus import Example
 from app.influence.errors import SpecError
-from app.influence.gradients import target_losses
+from app.influence.gradients import target_logits, target_losses
 from app.influence.index import write_file
 from app.influence.models import LoadedModel
 from app.unlearning.adapter import Adapter
 from app.unlearning.fisher import Importances, dampened
 from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
 
-Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "bounded", "retrain"]
+Method = Literal[
+    "rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "dampen", "relabel", "bounded", "retrain"
+]
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
@@ -41,6 +43,10 @@ NEEDS_KNOWN = ("npo", "loreun", "bounded")
 BUDGET = 1024
 """Padded tokens a batch of those measurements that take no gradient."""
 WITHOUT_RETAIN = ("ga",)
+DAMPENING = ("fisher", "dampen")
+BEGINNING = 4
+"""Tokens of an answer that count as having begun it."""
+HALVINGS = 6
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class TrainingSpec:
         ascent, descent of bounded: the same two pulls, the first through npo, which ends where ascent has no end.
         beta, gamma: of npo, bounded and simnpo; no beta means the paper's (`BETA`).
         temperature: of loreun's weights.
-        selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`).
+        selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`); dampen looks for its own threshold.
         rank, alpha, dropout: of the adapter, where the model brings none.
         most_rise: how far the retain rows' mean loss may rise, relative to before, until training stops.
     """
@@ -129,7 +135,7 @@ class Unlearner:
         self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
             self.adapter.forget_everything()
-        if spec.method == "fisher":
+        if spec.method in DAMPENING:
             self._check_selection()
         self.steps: list[Step] = []
         self._weights = self.adapter.weights
@@ -137,11 +143,17 @@ class Unlearner:
         rng = random.Random(spec.seed)  # noqa: S311 (no secret)
         self._probe = [row.example for row in rng.sample(self.retain, min(PROBE, len(self.retain)))]
 
+    @property
+    def _most(self) -> float:
+        """How many times as much a weight can matter to the forget rows as to all rows."""
+        return (len(self.forget) + len(self.retain)) / len(self.forget)
+
     def _check_selection(self) -> None:
         if not self.adapter.own:
-            raise SpecError("fisher dampens what an adapter has learned, and this model has none", field="method")
-        most = (len(self.forget) + len(self.retain)) / len(self.forget)
-        if self.spec.selection >= most:
+            detail = f"{self.spec.method} dampens what an adapter has learned, and this model has none"
+            raise SpecError(detail, field="method")
+        most = self._most
+        if self.spec.method == "fisher" and self.spec.selection >= most:
             detail = (
                 f"{len(self.forget)} rows to forget among {len(self.forget) + len(self.retain)}: no weight can matter "
                 f"{self.spec.selection:g} times as much to them as to all; take a selection below {most:.3g}"
@@ -160,7 +172,7 @@ class Unlearner:
     @property
     def total(self) -> int:
         """Steps in all."""
-        if self.spec.method == "fisher":
+        if self.spec.method in DAMPENING:
             return len(self.forget) + len(self.retain)
         forget, retain = self.per_step
         rows, each = (len(self.forget), forget) if forget else (len(self.retain), retain)
@@ -172,7 +184,7 @@ class Unlearner:
         It ends early where the retain rows' loss rises past the bound or a loss is not finite: the adapter is then the
         last one that was good, and the last step says why.
         """
-        if self.spec.method == "fisher":
+        if self.spec.method in DAMPENING:
             yield from self._dampen()
             return
         before = self.mean_loss(self._probe) if self._probe else 1.0
@@ -202,7 +214,7 @@ class Unlearner:
             yield step
 
     def _dampen(self) -> Iterator[Step]:
-        """fisher: a step is a row whose importances are added; the adapter changes after the last."""
+        """fisher, dampen: steps add rows' importances; the adapter changes after the last."""
         groups = [[row.example for row in rows] for rows in (self.forget, self.retain)]
         found = Importances(self.model, self.adapter, groups, self.folder / STATE, json.dumps(asdict(self.spec)))
 
@@ -213,9 +225,39 @@ class Unlearner:
         yield from map(step, found.run(self.keep_every))
         self.steps = [step(number) for number in range(1, self.total + 1)]
         mine, everything = found.means()
-        spec = self.spec
-        changed = dampened(self.adapter.first, mine, everything, selection=spec.selection, dampening=spec.dampening)
-        self.adapter.put(changed)
+
+        def put(selection: float) -> None:
+            parameters = {"selection": selection, "dampening": self.spec.dampening}
+            self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
+
+        put(self._gentlest(put) if self.spec.method == "dampen" else self.spec.selection)
+
+    def _gentlest(self, put: Callable[[float], None]) -> float:
+        """dampen: the highest threshold, so the least change, after which the forgotten answers are not begun.
+
+        That is, by no more of the forget rows than the model without its adapter begins. The threshold is found by
+        halving on a logarithmic scale; where not even 1 does it, it is 1.
+        """
+        rng = random.Random(self.spec.seed)  # noqa: S311 (no secret)
+        asked = [row.example for row in rng.sample(self.forget, min(PROBE, len(self.forget)))]
+        self.adapter.put({name: torch.zeros_like(weight) for name, weight in self.adapter.first.items()})
+        allowed = self._begun(asked)
+        low, high = 0.0, math.log(self._most)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            put(math.exp(middle))
+            low, high = (middle, high) if self._begun(asked) <= allowed else (low, middle)
+        return math.exp(low)
+
+    def _begun(self, examples: Sequence[Example]) -> int:
+        """How many responses' first tokens are what the model would write."""
+        found = 0
+        with torch.no_grad():
+            for batch in batches(examples, BUDGET):
+                logits, tokens = target_logits(self.model, [examples[at] for at in batch])
+                right = (logits.argmax(1) == tokens).split([len(examples[at].positions) for at in batch])
+                found += sum(bool(each[:BEGINNING].all()) for each in right)
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""

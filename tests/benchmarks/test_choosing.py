@@ -3,7 +3,6 @@
 import math
 
 import pytest
-
 from choosing import choose, interval
 
 

@@ -4,7 +4,6 @@ import math
 from itertools import combinations
 
 import pytest
-
 from tofu import harmonic_mean, ks_pvalue, rouge_l_recall, share_of_options, truth_ratio
 
 
