@@ -40,6 +40,7 @@ class Contestant:
         mapping: how influence becomes weights; None: every row weighs the same.
         early: influence is taken at the run's early checkpoint instead of the poisoned model.
         kept: the share of the forget rows that is used, those of the highest weight.
+        dampened: fisher goes first, with this selection threshold, on the same forget rows and a third of the retained.
         values: of `knob`, a field of TrainingSpec.
     """
 
@@ -49,6 +50,7 @@ class Contestant:
     mapping: str | None = None
     early: bool = False
     kept: float = 1.0
+    dampened: float | None = None
     knob: str = "lr"
     more: Mapping[str, Any] = field(default_factory=dict)
 
@@ -153,6 +155,10 @@ class Contest:
         folder = self.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
         began = time.process_time()
+        if one.dampened is not None:
+            first = replace(self.spec, method="fisher", selection=one.dampened)
+            for _ in Unlearner(self.model, first, forget, retain[::3], folder / "first", keep_every=10**6).run():
+                pass
         if one.method == "retain only":
             steps, stopped = self._retain_only(value, retain), None
         else:

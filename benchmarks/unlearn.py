@@ -72,7 +72,7 @@ def contestants(rates: Sequence[float]) -> list[Contestant]:
         Contestant("npo", "npo", lr),
         Contestant("simnpo", "simnpo", lr),
         Contestant("loreun", "loreun", lr),
-        Contestant("fisher", "fisher", (3.0, 2.0, 1.5), knob="selection"),
+        Contestant("fisher", "fisher", (2.0, 1.5, 1.0), knob="selection"),
         Contestant("dampen", "dampen", (1.0,), knob="dampening"),
         Contestant("dampen, a third at random", "dampen", (1.0,), knob="dampening", kept=1 / 3),
         Contestant("relabel", "relabel", lr),
@@ -85,6 +85,7 @@ def contestants(rates: Sequence[float]) -> list[Contestant]:
         Contestant("bounded, a third at random", "bounded", lr, kept=1 / 3, more=bounded),
         Contestant("relabel, a third by influence", "relabel", lr, "full", kept=1 / 3),
         Contestant("relabel, a third at random", "relabel", lr, kept=1 / 3),
+        Contestant("fisher then relabel, a third at random", "relabel", lr, kept=1 / 3, dampened=1.5),
     ]
 
 
