@@ -40,6 +40,7 @@ class Contestant:
         mapping: how influence becomes weights; None: every row weighs the same.
         early: influence is taken at the run's early checkpoint instead of the poisoned model.
         kept: the share of the forget rows that is used, those of the highest weight.
+        every: one in so many of the retained rows is used.
         dampened: fisher goes first, with this selection threshold, on the same forget rows and a third of the retained.
         values: of `knob`, a field of TrainingSpec.
     """
@@ -50,6 +51,7 @@ class Contestant:
     mapping: str | None = None
     early: bool = False
     kept: float = 1.0
+    every: int = 1
     dampened: float | None = None
     knob: str = "lr"
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -151,7 +153,7 @@ class Contest:
         """Train; the model is left as the method left it."""
         chosen = sorted(self.forget, key=lambda row: -weights[row.id])[: max(1, round(one.kept * len(self.forget)))]
         forget = [self._row(row, weights) for row in chosen]
-        retain = [self._row(row, weights) for row in self.retain]
+        retain = [self._row(row, weights) for row in self.retain[:: one.every]]
         folder = self.folder / "run"
         shutil.rmtree(folder, ignore_errors=True)
         began = time.process_time()

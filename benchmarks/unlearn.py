@@ -75,6 +75,7 @@ def contestants(rates: Sequence[float]) -> list[Contestant]:
         Contestant("fisher", "fisher", (2.0, 1.5, 1.0), knob="selection"),
         Contestant("dampen", "dampen", (1.0,), knob="dampening"),
         Contestant("dampen, a third at random", "dampen", (1.0,), knob="dampening", kept=1 / 3),
+        Contestant("dampen, a third of all rows", "dampen", (1.0,), knob="dampening", kept=1 / 3, every=3),
         Contestant("relabel", "relabel", lr),
         Contestant("rapidun, paper", "rapidun", lr, "paper"),
         Contestant("rapidun, full", "rapidun", lr, "full"),
