@@ -50,7 +50,7 @@ from worlds import tiny_model
 from app.influence.corpus import Encoder, Row
 from app.influence.models import Checkpoint, ModelSpec, load
 from app.unlearning.intervals import share
-from app.unlearning.training import TrainingSpec
+from app.unlearning.training import NEEDS_CLEAN, TrainingSpec
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM = ROOT / ".headwater" / "models" / "SmolLM2-135M-Instruct"
@@ -86,6 +86,7 @@ def contestants(rates: Sequence[float]) -> list[Contestant]:
         Contestant("bounded, a third at random", "bounded", lr, kept=1 / 3, more=bounded),
         Contestant("relabel, a third by influence", "relabel", lr, "full", kept=1 / 3),
         Contestant("relabel, a third at random", "relabel", lr, kept=1 / 3),
+        Contestant("renew, a third at random", "renew", lr, kept=1 / 3),
         Contestant("fisher then relabel, a third at random", "relabel", lr, kept=1 / 3, dampened=1.5),
     ]
 
@@ -170,7 +171,7 @@ def one_seed(
     record: dict[str, Any] = {"seed": seed, "retraining_s": retraining, "poisoned": before, "oracle": oracle}
     record["methods"] = {}
     for one in contestants(args.rates):
-        if (args.methods and one.method not in args.methods) or (one.method == "relabel" and not case.clean):
+        if (args.methods and one.method not in args.methods) or (one.method in NEEDS_CLEAN and not case.clean):
             continue
         entry = contest.enter(one)
         record["methods"][one.name] = asdict(entry)
@@ -282,6 +283,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, help="dolly_triggers or tofu; none: the tiny world")
     parser.add_argument("--base", type=Path, default=SMOLLM, help="for --data: folder of SmolLM2-135M-Instruct")
     parser.add_argument("--seeds", type=int, help="how many; 3 for the tiny world, else 1")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--rates", type=float, nargs="+", help="learning rates of every method")
     parser.add_argument("--methods", nargs="+", help="of these methods only")
     parser.add_argument("--passes", type=float, help="over the forget rows, for every method")
@@ -320,7 +322,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
     runs, tofu = [], bool(args.data) and (args.data / "forget10_perturbed.json").is_file()
-    for seed in range(args.seeds):
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
         with tempfile.TemporaryDirectory(prefix="unlearn-") as name:
             folder = Path(name)
             recipe = Recipe(args.epochs, 4 if args.data else 12, args.lr, 16)

@@ -37,7 +37,7 @@ WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
 BETA = {"npo": 0.1, "simnpo": 2.5}
-NEEDS_CLEAN = ("relabel",)
+NEEDS_CLEAN = ("relabel", "renew")
 NEEDS_KNOWN = ("npo", "loreun", "bounded")
 """Methods that need the forget rows' losses from before."""
 BUDGET = 1024
@@ -47,6 +47,8 @@ DAMPENING = ("fisher", "dampen")
 BEGINNING = 4
 """Tokens of an answer that count as having begun it."""
 HALVINGS = 6
+RENEW = 1.5
+"""renew's selection threshold."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Unlearner:
         self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
             self.adapter.forget_everything()
-        if spec.method in DAMPENING:
+        if spec.method in (*DAMPENING, "renew"):
             self._check_selection()
         self.steps: list[Step] = []
         self._weights = self.adapter.weights
@@ -189,6 +191,8 @@ class Unlearner:
             return
         before = self.mean_loss(self._probe) if self._probe else 1.0
         known = self._known()
+        if self.spec.method == "renew":
+            self._weaken()
         done = self._restore()
         good = self.adapter.copy()
         for number in range(done + 1, self.total + 1):
@@ -231,6 +235,17 @@ class Unlearner:
             self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
 
         put(self._gentlest(put) if self.spec.method == "dampen" else self.spec.selection)
+
+    def _weaken(self) -> None:
+        """renew: what fisher does, from the forget rows and three times as many retained, before relabel's steps."""
+        groups = [[row.example for row in rows] for rows in (self.forget, self.retain[: 3 * len(self.forget)])]
+        plan = json.dumps(asdict(self.spec))
+        found = Importances(self.model, self.adapter, groups, self.folder / "importances.safetensors", plan)
+        for _ in found.run(self.keep_every):
+            pass
+        mine, everything = found.means()
+        parameters = {"selection": RENEW, "dampening": self.spec.dampening}
+        self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
 
     def _gentlest(self, put: Callable[[float], None]) -> float:
         """dampen: the highest threshold, so the least change, after which the forgotten answers are not begun.
@@ -281,7 +296,7 @@ class Unlearner:
         parts, forget, retain = [], None, None
         if chosen:
             rows = [self.forget[at] for at in chosen]
-            with torch.set_grad_enabled(self.spec.method != "relabel"):  # there it is only told
+            with torch.set_grad_enabled(self.spec.method not in ("relabel", "renew")):  # there it is only told
                 each = self._losses([row.example for row in rows])
             forget = float(each.detach().mean())
             parts.append(self._forget_terms(rows, each, chosen, known))
@@ -310,7 +325,7 @@ class Unlearner:
         known: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         spec = self.spec
-        if spec.method == "relabel":
+        if spec.method in ("relabel", "renew"):
             return self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "rapidun":
             return self._row_weights(rows) * weighted_ascent(self._clean(rows), each, spec.descent, spec.ascent)

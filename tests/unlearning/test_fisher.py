@@ -1,5 +1,6 @@
 """Selective synaptic dampening against its formula, and its importances against autograd."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,23 @@ def test_dampen_finds_the_least_change_that_ends_the_forgotten_answers(planted: 
     hardest, lost = run("fisher", 1.0)
     assert hardest <= begun <= gentlest
     assert loss <= lost + 1e-3
+
+
+def test_renew_is_dampening_and_then_relabelling_and_goes_on_after_a_kill(planted: ModelSpec, tmp_path: Path) -> None:
+    def start(folder: str) -> Unlearner:
+        model = load(planted)
+        encoder = model.encoder()
+        clean = encoder.encode(ROWS.retain[0])
+        forget = [TrainingRow(encoder.encode(row), clean=clean) for row in ROWS.forget]
+        retain = [TrainingRow(encoder.encode(row)) for row in ROWS.retain]
+        return Unlearner(model, TrainingSpec(method="renew", lr=1e-3), forget, retain, tmp_path / folder, keep_every=2)
+
+    whole = start("whole")
+    before = whole.mean_loss([row.example for row in whole.forget])
+    list(whole.run())
+    assert whole.mean_loss([row.example for row in whole.forget]) > before
+    list(islice(start("cut").run(), 3))
+    again = start("cut")
+    list(again.run())
+    for name, weight in whole.adapter.weights.items():
+        assert torch.equal(weight, again.adapter.weights[name])
