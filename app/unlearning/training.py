@@ -31,7 +31,7 @@ from app.unlearning.fisher import Importances, dampened
 from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
 
 Method = Literal[
-    "rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "dampen", "relabel", "bounded", "retrain"
+    "rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "dampen", "relabel", "renew", "bounded", "retrain"
 ]
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
