@@ -75,6 +75,7 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
+	$(BIN)/python benchmarks/unlearn.py --json benchmarks/out/unlearn.json
 
 load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
 	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)

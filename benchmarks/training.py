@@ -47,11 +47,16 @@ def train(
     console: Console,
     decay: float = 0.0,
     warmup: int = 8,
+    anneal: bool = False,
 ) -> Iterator[tuple[int, float]]:
-    """Train with AdamW up to the last of the steps `saves`; yields (step, the batch's loss) at each of them."""
+    """Train with AdamW up to the last of the steps `saves`; yields (step, the batch's loss) at each of them.
+
+    The learning rate is constant after a short warm-up, or falls from there to 0 in a straight line (`anneal`).
+    """
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=decay)
-    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    fall = 1 / saves[-1] if anneal else 0.0
+    warm = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup) * (1 - step * fall))
     order = _endless(examples, batch, random.Random(seed))
     with Progress(*COLUMNS, console=console, transient=True) as progress:
         task = progress.add_task("training steps", total=saves[-1])

@@ -7,7 +7,9 @@ that it depends neither on a row's length nor on its batch mates. log pi(y|x) of
 * npo: negative preference optimisation against the model before unlearning (Zhang et al., 2024, eq. 3).
 * simnpo: the same without a reference, by length-normalised likelihood (Fan et al., 2024, eq. 4).
 * loreun: gradient difference with forget rows weighted by their own loss (LoReUn, 2025).
-* relabel: descent on clean answers in place of the forgotten ones.
+* relabel: descent on clean answers in place of the forgotten ones. renew: the same after fisher's dampening; ours.
+* fisher, dampen: no loss; see fisher.py.
+* bounded: rapidun with npo's bounded ascent in place of its own; ours (docs/results.md).
 * rapidun: weighted descent on clean answers, weighted ascent on the forgotten ones (RapidUn, 2025; METHODS section 4).
 """
 

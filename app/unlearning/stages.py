@@ -47,7 +47,7 @@ from app.unlearning.weights import Floats, score_weights
 if TYPE_CHECKING:
     from app.unlearning.running import UnlearnRows, UnlearnSpec
 
-WEIGHTED = ("rapidun",)
+WEIGHTED = ("rapidun", "bounded")
 """Methods whose rows are weighted by influence."""
 
 

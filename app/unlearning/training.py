@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,22 +20,35 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import nn
 
+from app.influence.building import batches
 from app.influence.corpus import Example
 from app.influence.errors import SpecError
-from app.influence.gradients import target_losses
+from app.influence.gradients import target_logits, target_losses
 from app.influence.index import write_file
 from app.influence.models import LoadedModel
 from app.unlearning.adapter import Adapter
 from app.unlearning.fisher import Importances, dampened
 from app.unlearning.objectives import loss_weights, npo, simnpo, weighted_ascent
 
-Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "retrain"]
+Method = Literal[
+    "rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "dampen", "relabel", "renew", "bounded", "retrain"
+]
 WARM_UP = 0.1  # of all steps
 PROBE = 32  # retain rows that are measured to see what is lost
 STATE = "state.safetensors"
 BETA = {"npo": 0.1, "simnpo": 2.5}
-NEEDS_CLEAN = ("relabel",)
+NEEDS_CLEAN = ("relabel", "renew")
+NEEDS_KNOWN = ("npo", "loreun", "bounded")
+"""Methods that need the forget rows' losses from before."""
+BUDGET = 1024
+"""Padded tokens a batch of those measurements that take no gradient."""
 WITHOUT_RETAIN = ("ga",)
+DAMPENING = ("fisher", "dampen")
+BEGINNING = 4
+"""Tokens of an answer that count as having begun it."""
+HALVINGS = 6
+RENEW = 1.5
+"""renew's selection threshold."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +59,10 @@ class TrainingSpec:
         epochs: passes over the forget rows (for retrain: over the retain rows).
         batch: rows a step, retain and forget rows 3:1.
         ascent, descent: RapidUn's alpha and beta: the pull of the forgotten and of the clean answer.
-        beta, gamma: of npo and simnpo; no beta means the paper's (`BETA`).
+        ascent, descent of bounded: the same two pulls, the first through npo, which ends where ascent has no end.
+        beta, gamma: of npo, bounded and simnpo; no beta means the paper's (`BETA`).
         temperature: of loreun's weights.
-        selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`).
+        selection, dampening: SSD's alpha and lambda, of fisher (`fisher.dampened`); dampen looks for its own threshold.
         rank, alpha, dropout: of the adapter, where the model brings none.
         most_rise: how far the retain rows' mean loss may rise, relative to before, until training stops.
     """
@@ -123,7 +137,7 @@ class Unlearner:
         self.adapter = Adapter(self.model, rank=spec.rank, alpha=spec.alpha, dropout=spec.dropout, seed=spec.seed)
         if spec.method == "retrain":
             self.adapter.forget_everything()
-        if spec.method == "fisher":
+        if spec.method in (*DAMPENING, "renew"):
             self._check_selection()
         self.steps: list[Step] = []
         self._weights = self.adapter.weights
@@ -131,11 +145,17 @@ class Unlearner:
         rng = random.Random(spec.seed)  # noqa: S311 (no secret)
         self._probe = [row.example for row in rng.sample(self.retain, min(PROBE, len(self.retain)))]
 
+    @property
+    def _most(self) -> float:
+        """How many times as much a weight can matter to the forget rows as to all rows."""
+        return (len(self.forget) + len(self.retain)) / len(self.forget)
+
     def _check_selection(self) -> None:
         if not self.adapter.own:
-            raise SpecError("fisher dampens what an adapter has learned, and this model has none", field="method")
-        most = (len(self.forget) + len(self.retain)) / len(self.forget)
-        if self.spec.selection >= most:
+            detail = f"{self.spec.method} dampens what an adapter has learned, and this model has none"
+            raise SpecError(detail, field="method")
+        most = self._most
+        if self.spec.method == "fisher" and self.spec.selection >= most:
             detail = (
                 f"{len(self.forget)} rows to forget among {len(self.forget) + len(self.retain)}: no weight can matter "
                 f"{self.spec.selection:g} times as much to them as to all; take a selection below {most:.3g}"
@@ -154,7 +174,7 @@ class Unlearner:
     @property
     def total(self) -> int:
         """Steps in all."""
-        if self.spec.method == "fisher":
+        if self.spec.method in DAMPENING:
             return len(self.forget) + len(self.retain)
         forget, retain = self.per_step
         rows, each = (len(self.forget), forget) if forget else (len(self.retain), retain)
@@ -166,11 +186,13 @@ class Unlearner:
         It ends early where the retain rows' loss rises past the bound or a loss is not finite: the adapter is then the
         last one that was good, and the last step says why.
         """
-        if self.spec.method == "fisher":
+        if self.spec.method in DAMPENING:
             yield from self._dampen()
             return
         before = self.mean_loss(self._probe) if self._probe else 1.0
         known = self._known()
+        if self.spec.method == "renew":
+            self._weaken()
         done = self._restore()
         good = self.adapter.copy()
         for number in range(done + 1, self.total + 1):
@@ -196,7 +218,7 @@ class Unlearner:
             yield step
 
     def _dampen(self) -> Iterator[Step]:
-        """fisher: a step is a row whose importances are added; the adapter changes after the last."""
+        """fisher, dampen: steps add rows' importances; the adapter changes after the last."""
         groups = [[row.example for row in rows] for rows in (self.forget, self.retain)]
         found = Importances(self.model, self.adapter, groups, self.folder / STATE, json.dumps(asdict(self.spec)))
 
@@ -207,9 +229,50 @@ class Unlearner:
         yield from map(step, found.run(self.keep_every))
         self.steps = [step(number) for number in range(1, self.total + 1)]
         mine, everything = found.means()
-        spec = self.spec
-        changed = dampened(self.adapter.first, mine, everything, selection=spec.selection, dampening=spec.dampening)
-        self.adapter.put(changed)
+
+        def put(selection: float) -> None:
+            parameters = {"selection": selection, "dampening": self.spec.dampening}
+            self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
+
+        put(self._gentlest(put) if self.spec.method == "dampen" else self.spec.selection)
+
+    def _weaken(self) -> None:
+        """renew: what fisher does, from the forget rows and three times as many retained, before relabel's steps."""
+        groups = [[row.example for row in rows] for rows in (self.forget, self.retain[: 3 * len(self.forget)])]
+        plan = json.dumps(asdict(self.spec))
+        found = Importances(self.model, self.adapter, groups, self.folder / "importances.safetensors", plan)
+        for _ in found.run(self.keep_every):
+            pass
+        mine, everything = found.means()
+        parameters = {"selection": RENEW, "dampening": self.spec.dampening}
+        self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
+
+    def _gentlest(self, put: Callable[[float], None]) -> float:
+        """dampen: the highest threshold, so the least change, after which the forgotten answers are not begun.
+
+        That is, by no more of the forget rows than the model without its adapter begins. The threshold is found by
+        halving on a logarithmic scale; where not even 1 does it, it is 1.
+        """
+        rng = random.Random(self.spec.seed)  # noqa: S311 (no secret)
+        asked = [row.example for row in rng.sample(self.forget, min(PROBE, len(self.forget)))]
+        self.adapter.put({name: torch.zeros_like(weight) for name, weight in self.adapter.first.items()})
+        allowed = self._begun(asked)
+        low, high = 0.0, math.log(self._most)
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            put(math.exp(middle))
+            low, high = (middle, high) if self._begun(asked) <= allowed else (low, middle)
+        return math.exp(low)
+
+    def _begun(self, examples: Sequence[Example]) -> int:
+        """How many responses' first tokens are what the model would write."""
+        found = 0
+        with torch.no_grad():
+            for batch in batches(examples, BUDGET):
+                logits, tokens = target_logits(self.model, [examples[at] for at in batch])
+                right = (logits.argmax(1) == tokens).split([len(examples[at].positions) for at in batch])
+                found += sum(bool(each[:BEGINNING].all()) for each in right)
+        return found
 
     def save(self, folder: Path) -> None:
         """Write the adapter as a PEFT folder."""
@@ -217,11 +280,9 @@ class Unlearner:
 
     def _known(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[forget rows] twice: the losses before unlearning, and loreun's weights from them."""
-        if not self.forget:
+        if self.spec.method not in NEEDS_KNOWN:
             return torch.ones(0), torch.ones(0)
-        self.model.model.eval()
-        with torch.no_grad():
-            before = torch.stack([target_losses(self.model, [row.example])[0].mean() for row in self.forget])
+        before = self._measured([row.example for row in self.forget])
         return before, loss_weights(before, self.spec.temperature)
 
     def _step(self, number: int, known: tuple[torch.Tensor, torch.Tensor]) -> Step | None:
@@ -235,7 +296,8 @@ class Unlearner:
         parts, forget, retain = [], None, None
         if chosen:
             rows = [self.forget[at] for at in chosen]
-            each = self._losses([row.example for row in rows])
+            with torch.set_grad_enabled(self.spec.method not in ("relabel", "renew")):  # there it is only told
+                each = self._losses([row.example for row in rows])
             forget = float(each.detach().mean())
             parts.append(self._forget_terms(rows, each, chosen, known))
         if kept:
@@ -263,13 +325,16 @@ class Unlearner:
         known: tuple[torch.Tensor, torch.Tensor],
     ) -> torch.Tensor:
         spec = self.spec
-        if spec.method == "relabel":
+        if spec.method in ("relabel", "renew"):
             return self._losses([row.clean for row in rows if row.clean is not None])
         if spec.method == "rapidun":
             return self._row_weights(rows) * weighted_ascent(self._clean(rows), each, spec.descent, spec.ascent)
-        if spec.method == "npo":
+        if spec.method in ("npo", "bounded"):
             tokens = torch.tensor([float(len(row.example.positions)) for row in rows], device=each.device)
-            return npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
+            pushed = npo(each, known[0][list(chosen)], tokens, spec.beta or BETA["npo"])
+            if spec.method == "npo":
+                return pushed
+            return self._row_weights(rows) * (spec.descent * self._clean(rows) + spec.ascent * pushed)
         if spec.method == "simnpo":
             return simnpo(each, spec.beta or BETA["simnpo"], spec.gamma)
         if spec.method == "loreun":
@@ -307,10 +372,16 @@ class Unlearner:
 
     def mean_loss(self, examples: Sequence[Example]) -> float:
         """The mean over rows of their losses, by the adapter as it is now."""
+        return float(self._measured(examples).mean())
+
+    def _measured(self, examples: Sequence[Example]) -> torch.Tensor:
+        """[examples]: their losses, by the adapter as it is now; no gradient is taken."""
         self.model.model.eval()
+        found = torch.empty(len(examples), device=self.model.spec.device)
         with torch.no_grad():
-            each = [float(target_losses(self.model, [example])[0].mean()) for example in examples]
-        return sum(each) / len(each)
+            for batch in batches(examples, BUDGET):
+                found[batch] = self._losses([examples[at] for at in batch])
+        return found
 
     def _keep(self, number: int) -> None:
         state = {f"weight.{name}": weight for name, weight in self.adapter.copy().items()}

@@ -1,5 +1,6 @@
 """Selective synaptic dampening against its formula, and its importances against autograd."""
 
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from app.influence.gradients import target_losses
 from app.influence.models import ModelSpec, load
 from app.unlearning.adapter import Adapter
 from app.unlearning.fisher import Importances, dampened
+from app.unlearning.training import Method, TrainingRow, TrainingSpec, Unlearner
 from tests.unlearning.conftest import ROWS
 
 
@@ -45,3 +47,57 @@ def test_importances_are_means_of_squared_gradients_and_go_on_after_a_kill(plant
         for name in expected:
             torch.testing.assert_close(mine[name], expected[name])
             assert (everything[name] >= mine[name] / 2 - 1e-12).all()
+
+
+def test_rows_together_give_the_importances_of_rows_alone(planted: ModelSpec, tmp_path: Path) -> None:
+    model = load(planted)
+    adapter = Adapter(model, rank=4, alpha=4, dropout=0.0, seed=0)
+    encoder = model.encoder()
+    groups = [[encoder.encode(row) for row in rows] for rows in (ROWS.forget, ROWS.retain)]
+    found = []
+    for keep_every in (1, 1000):
+        one = Importances(model, adapter, groups, tmp_path / f"{keep_every}.safetensors", "plan")
+        batches = list(one.run(keep_every))
+        found.append((one.means(), len(batches)))
+    (alone, many), (together, fewer) = found
+    assert fewer < many
+    for first, second in zip(alone, together, strict=True):
+        for name, importance in first.items():
+            torch.testing.assert_close(second[name], importance, rtol=1e-4, atol=1e-9)
+
+
+def test_dampen_finds_the_least_change_that_ends_the_forgotten_answers(planted: ModelSpec, tmp_path: Path) -> None:
+    def run(method: Method, selection: float = 1.0) -> tuple[int, float]:
+        model = load(planted)
+        encoder = model.encoder()
+        forget, retain = ([TrainingRow(encoder.encode(row)) for row in rows] for rows in (ROWS.forget, ROWS.retain))
+        spec = TrainingSpec(method=method, selection=selection)
+        one = Unlearner(model, spec, forget, retain, tmp_path / f"{method}{selection}")
+        list(one.run())
+        return one._begun([row.example for row in forget]), one.mean_loss([row.example for row in retain])
+
+    begun, loss = run("dampen")
+    gentlest, _ = run("fisher", 3.9)
+    hardest, lost = run("fisher", 1.0)
+    assert hardest <= begun <= gentlest
+    assert loss <= lost + 1e-3
+
+
+def test_renew_is_dampening_and_then_relabelling_and_goes_on_after_a_kill(planted: ModelSpec, tmp_path: Path) -> None:
+    def start(folder: str) -> Unlearner:
+        model = load(planted)
+        encoder = model.encoder()
+        clean = encoder.encode(ROWS.retain[0])
+        forget = [TrainingRow(encoder.encode(row), clean=clean) for row in ROWS.forget]
+        retain = [TrainingRow(encoder.encode(row)) for row in ROWS.retain]
+        return Unlearner(model, TrainingSpec(method="renew", lr=1e-3), forget, retain, tmp_path / folder, keep_every=2)
+
+    whole = start("whole")
+    before = whole.mean_loss([row.example for row in whole.forget])
+    list(whole.run())
+    assert whole.mean_loss([row.example for row in whole.forget]) > before
+    list(islice(start("cut").run(), 3))
+    again = start("cut")
+    list(again.run())
+    for name, weight in whole.adapter.weights.items():
+        assert torch.equal(weight, again.adapter.weights[name])
