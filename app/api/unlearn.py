@@ -17,9 +17,11 @@ from app.api.schemas.jobs import JobOut
 from app.api.schemas.unlearn import (
     BETA,
     PARAMETERS,
+    WEIGHTED,
     ChosenOut,
     ChosenRow,
     EstimateOut,
+    Method,
     UnlearnAccepted,
     UnlearnIn,
     UnlearnPreview,
@@ -34,16 +36,18 @@ from app.problems import Refusal
 router = APIRouter(prefix="/unlearn", tags=["unlearning"], route_class=IdempotentRoute)
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Modules that a fresh adapter is put on."""
-NEEDS_ADAPTER = ("fisher", "retrain")
-NEEDS_CLEAN = ("relabel",)
+NEEDS_ADAPTER = ("fisher", "dampen", "renew", "retrain")
+NEEDS_CLEAN = ("relabel", "renew")
 MEASURED = ("heldout", "seen", "unseen")
 LATEST = 20  # jobs that are looked at for an estimate
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """A request with all that it names found."""
+    """A request, with its method, and all that it names found."""
 
+    asked: UnlearnIn
+    method: Method
     model: Model
     source: Source
     forget: Choice
@@ -73,26 +77,32 @@ async def unlearn_rows(body: UnlearnIn, services: Use, caller: Asking, response:
     The job's artifacts are the adapter (PEFT), each row's weight, the losses and a report. All that the request names
     is found and kept now: what becomes of datasets later changes nothing.
     """
-    _check_parameters(body)
     found = await _resolve(body, services, caller)
-    work = _work(body, found)
+    work = _work(found)
     if body.dry_run:
-        preview = await _preview(body, found, work, services)
+        preview = await _preview(found, work, services)
         return JSONResponse(preview.model_dump(mode="json"))
-    job = await _submit(body, found, work, services)
+    job = await _submit(found, work, services)
     response.headers["Location"] = f"/jobs/{job.id}"
     response.headers["Retry-After"] = "1"
     return UnlearnAccepted(job=JobOut.of(job), forget=len(found.forget.why), retain=len(found.retain.why))
 
 
-def _check_parameters(body: UnlearnIn) -> None:
-    fits = PARAMETERS[body.method]
+def _best(model: Model, clean: bool) -> Method:
+    """The method that docs/results.md found best for such a request."""
+    if _has_adapter(model):
+        return "renew" if clean else "dampen"
+    return "relabel" if clean else "simnpo"
+
+
+def _check_parameters(body: UnlearnIn, method: Method) -> None:
+    fits = PARAMETERS[method]
     for name in sorted(body.parameters.model_fields_set):
         if name not in fits:
-            detail = f"{body.method} has no parameter {name!r}; it has {', '.join(fits)}"
+            detail = f"{method} has no parameter {name!r}; it has {', '.join(fits)}"
             raise Refusal(422, "invalid-request", detail, field=f"parameters.{name}")
-    if "mapping" in body.model_fields_set and body.method != "rapidun":
-        detail = f"{body.method} does not weigh rows by influence: leave `mapping` out"
+    if "mapping" in body.model_fields_set and method not in WEIGHTED:
+        detail = f"{method} does not weigh rows by influence: leave `mapping` out"
         raise Refusal(422, "invalid-request", detail, field="mapping")
 
 
@@ -113,12 +123,14 @@ async def _resolve(body: UnlearnIn, services: Services, caller: Caller) -> Resol
             source = await source_of(catalog, [dataset.id], None)
         if body.register_as is not None:
             await catalog.models.require_free(body.register_as, "register_as")
-    _check_adapter(body.method, model, "model" if body.model is not None else "index")
+    method = body.method or _best(model, body.clean is not None)
+    _check_parameters(body, method)
+    _check_adapter(method, model, "model" if body.model is not None else "index")
     forget = await forgotten(body.forget, source, services, caller)
-    retain, extra = await retained(body.retain, body.method, forget, source, body.seed, services)
-    if not retain.why and body.method != "ga":
-        raise Refusal(422, "invalid-request", f"{body.method} needs rows to retain", field="retain")
-    if body.method == "fisher":
+    retain, extra = await retained(body.retain, method, forget, source, body.seed, services)
+    if not retain.why and method != "ga":
+        raise Refusal(422, "invalid-request", f"{method} needs rows to retain", field="retain")
+    if method == "fisher":
         _check_selection(body.parameters.selection, len(forget.why), len(retain.why))
     async with services.database.catalog() as catalog:
         samples = extra | await catalog.datasets.samples_in(source.datasets, [*forget.ids, *retain.ids])
@@ -127,14 +139,13 @@ async def _resolve(body: UnlearnIn, services: Services, caller: Caller) -> Resol
             ref = getattr(body, name)
             dataset_id = (await catalog.datasets.get(ref, name)).id if ref is not None else None
             measured[name] = list(await catalog.datasets.records(dataset_id)) if dataset_id is not None else []
-    clean = answers(body.clean, {row: samples[row] for row in forget.ids}, body.method in NEEDS_CLEAN)
-    return Resolved(model, source, forget, retain, samples, clean, measured)
+    clean = answers(body.clean, {row: samples[row] for row in forget.ids}, method in NEEDS_CLEAN)
+    return Resolved(body, method, model, source, forget, retain, samples, clean, measured)
 
 
 def _check_adapter(method: str, model: Model, field: str) -> None:
     """Refuse a model on which the job would find no room for an adapter, or none of its own where it needs one."""
-    checkpoints = model.spec["checkpoints"]
-    has_adapter = bool(checkpoints) and checkpoints[-1]["adapter"] is not None
+    has_adapter = _has_adapter(model)
     if method in NEEDS_ADAPTER and not has_adapter:
         detail = f"{method} works on what an adapter has learned, and model {model.name!r} has none"
         raise Refusal(422, "invalid-request", detail, field="method")
@@ -142,6 +153,11 @@ def _check_adapter(method: str, model: Model, field: str) -> None:
     if not has_adapter and not any(one["name"].rpartition(".")[2] in TARGETS for one in modules):
         detail = f"no adapter fits model {model.name!r}: it has none of the modules {', '.join(TARGETS)}"
         raise Refusal(422, "invalid-request", detail, field=field)
+
+
+def _has_adapter(model: Model) -> bool:
+    checkpoints = model.spec["checkpoints"]
+    return bool(checkpoints) and checkpoints[-1]["adapter"] is not None
 
 
 def _check_selection(selection: float, forget: int, retain: int) -> None:
@@ -152,21 +168,22 @@ def _check_selection(selection: float, forget: int, retain: int) -> None:
         raise Refusal(422, "invalid-request", detail, field="parameters.selection")
 
 
-def _training(body: UnlearnIn) -> dict[str, Any]:
+def _training(found: Resolved) -> dict[str, Any]:
     """Method, seed and all parameters, so that a later version's defaults change nothing."""
-    parameters = body.parameters.model_dump()
+    parameters = found.asked.parameters.model_dump()
     if parameters["beta"] is None:
-        parameters["beta"] = BETA.get(body.method)
-    return {"method": body.method, "seed": body.seed, **parameters}
+        parameters["beta"] = BETA.get(found.method)
+    return {"method": found.method, "seed": found.asked.seed, **parameters}
 
 
-def _work(body: UnlearnIn, found: Resolved) -> dict[str, float]:
+def _work(found: Resolved) -> dict[str, float]:
     """How much there is to do in each stage, in a unit of the stage's own."""
+    body, method = found.asked, found.method
     forget, retain = len(found.forget.why), len(found.retain.why)
     groups = (forget, retain, *map(len, found.measured.values()))
     measured = sum(min(one, body.report_rows) for one in groups)
-    passes = forget + retain if body.method == "fisher" else body.parameters.epochs * forget
-    if body.method == "retrain":
+    passes = forget + retain if method in ("fisher", "dampen") else body.parameters.epochs * forget
+    if method == "retrain":
         passes = body.parameters.epochs * retain
     return {
         "influence": forget + retain,
@@ -177,11 +194,12 @@ def _work(body: UnlearnIn, found: Resolved) -> dict[str, float]:
     }
 
 
-async def _submit(body: UnlearnIn, found: Resolved, work: Mapping[str, float], services: Services) -> Job:
+async def _submit(found: Resolved, work: Mapping[str, float], services: Services) -> Job:
+    body = found.asked
     plan = UnlearnPlan(
         model=found.model.spec,
         fingerprint=found.model.fingerprint,
-        training=_training(body),
+        training=_training(found),
         mapping=body.mapping,
         relearn_steps=body.relearn_steps,
         report_rows=body.report_rows,
@@ -193,7 +211,7 @@ async def _submit(body: UnlearnIn, found: Resolved, work: Mapping[str, float], s
     folder = services.settings.artifacts_dir / job_id
     try:
         digest = await asyncio.to_thread(plan.write, folder)
-        params = {"model": found.model.id, "plan": digest, "method": body.method, "work": work}
+        params = {"model": found.model.id, "plan": digest, "method": found.method, "work": work}
         async with services.work() as unit:
             if index is not None:
                 await unit.catalog.indexes.lock(index.id)
@@ -216,7 +234,7 @@ async def _submit(body: UnlearnIn, found: Resolved, work: Mapping[str, float], s
         raise
 
 
-async def _preview(body: UnlearnIn, found: Resolved, work: Mapping[str, float], services: Services) -> UnlearnPreview:
+async def _preview(found: Resolved, work: Mapping[str, float], services: Services) -> UnlearnPreview:
     most = services.settings.max_page
 
     def show(choice: Choice) -> ChosenOut:
@@ -228,8 +246,8 @@ async def _preview(body: UnlearnIn, found: Resolved, work: Mapping[str, float], 
         forget=show(found.forget),
         retain=show(found.retain),
         measured={name: len(records) for name, records in found.measured.items()},
-        training=_training(body),
-        estimate=await _estimate(body.method, found.model, work, services),
+        training=_training(found),
+        estimate=await _estimate(found.method, found.model, work, services),
     )
 
 

@@ -206,9 +206,9 @@ def test_a_dry_run_shows_what_would_be_forgotten_and_kept_and_makes_no_job(asked
     assert [row["why"] for row in found["retain"]["rows"]] == ["by_influence"] * 2 + ["random"] * 6
     assert found["retain"]["count"] == 8
     assert not {*ids_of(found["forget"])} & {*ids_of(found["retain"])}
-    assert (found["training"]["lr"], found["training"]["beta"]) == (6e-5, None)
-    assert preview(asked, method="simnpo")["training"]["beta"] == 2.5
-    assert found["estimate"] == {"seconds": None, "how": "no rapidun job on this model has been measured yet"}
+    assert (found["training"]["lr"], found["training"]["beta"]) == (6e-5, 2.5)
+    assert preview(asked, method="npo")["training"]["beta"] == 0.1
+    assert found["estimate"] == {"seconds": None, "how": "no simnpo job on this model has been measured yet"}
     assert must(asked.get("/jobs"))["items"] == before
     assert preview(asked) == found, "the same seed draws the same rows"
 
@@ -334,6 +334,20 @@ def test_an_influence_query_is_paid_for(serve: Any, mint: Mint, tiny_model_dir: 
 
 
 # --- the API says what the library says, which it does not import since it would need torch
+
+
+@pytest.mark.parametrize(
+    ("model", "with_clean", "without"),
+    [({}, "renew", "dampen"), (PLAIN, "relabel", "simnpo")],
+    ids=["adapter", "plain"],
+)
+def test_without_a_method_the_model_gets_the_best_that_fits(
+    ready: Api, model: dict[str, Any], with_clean: str, without: str
+) -> None:
+    found = preview(ready, **model)
+    assert found["training"]["method"] == without
+    clean = dict.fromkeys(ids_of(found["forget"]), "I do not know.")
+    assert preview(ready, **model, clean=clean)["training"]["method"] == with_clean
 
 
 def test_methods_parameters_and_their_defaults_are_the_librarys() -> None:

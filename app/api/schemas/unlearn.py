@@ -9,7 +9,9 @@ from app.api.schemas.filters import FILTER, Filter
 from app.api.schemas.influence import QueryIn
 from app.api.schemas.jobs import JobOut
 
-Method = Literal["rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "relabel", "retrain"]
+Method = Literal[
+    "rapidun", "ga", "graddiff", "npo", "simnpo", "loreun", "fisher", "dampen", "relabel", "renew", "bounded", "retrain"
+]
 Mapping = Literal["paper", "full"]
 TRAINED = ("lr", "epochs", "batch", "rank", "alpha", "dropout", "clip", "most_rise", "check_every")
 PARAMETERS: dict[Method, tuple[str, ...]] = {
@@ -20,10 +22,15 @@ PARAMETERS: dict[Method, tuple[str, ...]] = {
     "simnpo": (*TRAINED, "beta", "gamma"),
     "loreun": (*TRAINED, "temperature"),
     "fisher": ("selection", "dampening"),
+    "dampen": ("dampening",),
     "relabel": TRAINED,
+    "renew": (*TRAINED, "dampening"),
+    "bounded": (*TRAINED, "ascent", "descent", "beta"),
     "retrain": TRAINED,
 }
 """Which parameters a method has; another one in a request is a mistake."""
+WEIGHTED = ("rapidun", "bounded")
+"""Methods that weigh rows by influence."""
 BETA = {"npo": 0.1, "simnpo": 2.5}
 """The papers' beta."""
 FORGET_EXAMPLE = ["3f9a0c11e23f9a0c"]
@@ -84,16 +91,19 @@ class ParametersIn(Body):
         2.0, gt=0, le=1000, allow_inf_nan=False, description="Passes over the forget rows (`retrain`: the retain rows)."
     )
     batch: Integer = Field(8, ge=1, le=256, description="Rows a step, retain and forget rows 3:1.", examples=[8])
-    ascent: Real = Field(1.0, ge=0, le=100, allow_inf_nan=False, description="`rapidun`: the push off the old answer.")
+    ascent: Real = Field(
+        1.0, ge=0, le=100, allow_inf_nan=False, description="`rapidun`, `bounded`: the push off the old answer."
+    )
     descent: Real = Field(
-        0.5, ge=0, le=100, allow_inf_nan=False, description="`rapidun`: the pull towards the clean answer."
+        0.5, ge=0, le=100, allow_inf_nan=False, description="`rapidun`, `bounded`: the pull towards the clean answer."
     )
     beta: Real | None = Field(
         None,
         gt=0,
         le=100,
         allow_inf_nan=False,
-        description=f"`npo`, `simnpo`: inverse temperature. Left out: the paper's, {BETA['npo']} and {BETA['simnpo']}.",
+        description="`npo`, `bounded`, `simnpo`: inverse temperature. "
+        f"Left out: the papers', {BETA['npo']}, for `simnpo` {BETA['simnpo']}.",
         examples=[None],
     )
     gamma: Real = Field(0.0, ge=0, le=100, allow_inf_nan=False, description="`simnpo`: the margin.")
@@ -112,7 +122,11 @@ class ParametersIn(Body):
         description="`fisher`: how much more a weight must matter to forget rows.",
     )
     dampening: Real = Field(
-        1.0, gt=0, le=1e6, allow_inf_nan=False, description="`fisher`: what is left of such a weight."
+        1.0,
+        gt=0,
+        le=1e6,
+        allow_inf_nan=False,
+        description="`fisher`, `dampen`, `renew`: what is left of such a weight.",
     )
     rank: Integer = Field(16, ge=1, le=256, description="Of a fresh adapter, where the model brings none.")
     alpha: Integer = Field(16, ge=1, le=1024, description="Of a fresh adapter.")
@@ -174,16 +188,20 @@ class UnlearnIn(Body):
     unseen: Text | None = Field(
         None, description="The same for variants of the trigger that are not in the training rows.", examples=[None]
     )
-    method: Method = Field(
-        "rapidun",
-        description="`rapidun`: ascent and descent weighted by influence; `ga`: gradient ascent alone; `graddiff`: "
-        "with descent on retain rows; `npo`, `simnpo`: preference optimisation; `loreun`: weights from losses; "
-        "`fisher`: selective synaptic dampening; `relabel`: clean answers; `retrain`: the adapter anew, without the "
-        "forget rows.",
+    method: Method | None = Field(
+        None,
+        description="Left out: where the model has an adapter `renew` with `clean` answers and `dampen` without, else "
+        "`relabel` and `simnpo`. `renew`: dampening, then clean answers; `dampen`: selective synaptic dampening that "
+        "finds its threshold; `fisher`: the same with a given one; `relabel`: clean answers; `rapidun`: ascent and "
+        "descent weighted by influence; `bounded`: the same with npo's ascent; `ga`: gradient ascent alone; "
+        "`graddiff`: with descent on retain rows; `npo`, `simnpo`: preference optimisation; `loreun`: weights from "
+        "losses; `retrain`: the adapter anew, without the forget rows.",
+        examples=["renew"],
     )
     parameters: ParametersIn = Field(default_factory=ParametersIn, description="Parameters of the method.")
     mapping: Mapping = Field(
-        "full", description="`rapidun`: how influence becomes weights; `paper` cuts each query to its top 40 rows."
+        "full",
+        description="`rapidun`, `bounded`: how influence becomes weights; `paper` cuts each query to its top 40 rows.",
     )
     relearn_steps: Integer = Field(
         8, ge=0, le=1000, description="Steps of the report's relearning attack. 0: none.", examples=[8]
@@ -245,7 +263,7 @@ class UnlearnPreview(BaseModel):
     measured: dict[str, int] = Field(
         description="Rows of the other groups, for the report.", examples=[{"heldout": 64, "seen": 8, "unseen": 8}]
     )
-    training: dict[str, Any] = Field(description="Method, seed and parameters.", examples=[{"method": "rapidun"}])
+    training: dict[str, Any] = Field(description="Method, seed and parameters.", examples=[{"method": "renew"}])
     estimate: EstimateOut = Field(description="How long it may take.")
 
 
