@@ -90,9 +90,9 @@ async def unlearn_rows(body: UnlearnIn, services: Use, caller: Asking, response:
 
 def _best(model: Model, clean: bool) -> Method:
     """The method that docs/results.md found best for such a request."""
-    if _has_adapter(model):
-        return "renew" if clean else "dampen"
-    return "relabel" if clean else "simnpo"
+    if not clean:
+        return "simnpo"
+    return "renew" if _has_adapter(model) else "relabel"
 
 
 def _check_parameters(body: UnlearnIn, method: Method) -> None:

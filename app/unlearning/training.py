@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -234,7 +234,14 @@ class Unlearner:
             parameters = {"selection": selection, "dampening": self.spec.dampening}
             self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
 
-        put(self._gentlest(put) if self.spec.method == "dampen" else self.spec.selection)
+        if self.spec.method == "fisher":
+            put(self.spec.selection)
+            return
+        threshold, ended = self._gentlest(put)
+        put(threshold)
+        if not ended:  # rows that are known by heart have next to no gradient, and so no importance
+            self.steps[-1] = replace(self.steps[-1], stopped="no threshold ended the answers that were to be forgotten")
+            yield self.steps[-1]
 
     def _weaken(self) -> None:
         """renew: what fisher does, from the forget rows and three times as many retained, before relabel's steps."""
@@ -247,22 +254,25 @@ class Unlearner:
         parameters = {"selection": RENEW, "dampening": self.spec.dampening}
         self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))
 
-    def _gentlest(self, put: Callable[[float], None]) -> float:
+    def _gentlest(self, put: Callable[[float], None]) -> tuple[float, bool]:
         """dampen: the highest threshold, so the least change, after which the forgotten answers are not begun.
 
         That is, by no more of the forget rows than the model without its adapter begins. The threshold is found by
-        halving on a logarithmic scale; where not even 1 does it, it is 1.
+        halving on a logarithmic scale; where not even 1 does it, it is 1, and the second of the pair says so.
         """
         rng = random.Random(self.spec.seed)  # noqa: S311 (no secret)
         asked = [row.example for row in rng.sample(self.forget, min(PROBE, len(self.forget)))]
         self.adapter.put({name: torch.zeros_like(weight) for name, weight in self.adapter.first.items()})
         allowed = self._begun(asked)
+        put(1.0)
+        if self._begun(asked) > allowed:
+            return 1.0, False
         low, high = 0.0, math.log(self._most)
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             put(math.exp(middle))
             low, high = (middle, high) if self._begun(asked) <= allowed else (low, middle)
-        return math.exp(low)
+        return math.exp(low), True
 
     def _begun(self, examples: Sequence[Example]) -> int:
         """How many responses' first tokens are what the model would write."""

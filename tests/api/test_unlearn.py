@@ -77,6 +77,7 @@ def test_rows_behind_a_generation_are_forgotten_by_a_model_that_can_be_asked_at_
     must(fresh.upload(jsonl(rows(6, start=40)), name="held"), 201)
     body = {
         "index": "idx",
+        "method": "rapidun",
         "forget": {"influence": {**BEHIND, "top_k": 3}},
         "clean": "clean",
         "heldout": "held",
@@ -338,7 +339,7 @@ def test_an_influence_query_is_paid_for(serve: Any, mint: Mint, tiny_model_dir: 
 
 @pytest.mark.parametrize(
     ("model", "with_clean", "without"),
-    [({}, "renew", "dampen"), (PLAIN, "relabel", "simnpo")],
+    [({}, "renew", "simnpo"), (PLAIN, "relabel", "simnpo")],
     ids=["adapter", "plain"],
 )
 def test_without_a_method_the_model_gets_the_best_that_fits(

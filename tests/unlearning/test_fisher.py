@@ -8,6 +8,7 @@ import torch
 
 from app.influence.gradients import target_losses
 from app.influence.models import ModelSpec, load
+from app.unlearning import training
 from app.unlearning.adapter import Adapter
 from app.unlearning.fisher import Importances, dampened
 from app.unlearning.training import Method, TrainingRow, TrainingSpec, Unlearner
@@ -81,6 +82,18 @@ def test_dampen_finds_the_least_change_that_ends_the_forgotten_answers(planted: 
     hardest, lost = run("fisher", 1.0)
     assert hardest <= begun <= gentlest
     assert loss <= lost + 1e-3
+
+
+def test_dampen_says_so_where_no_threshold_ends_the_answers(
+    planted: ModelSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "dampened", lambda first, *_, **__: first)  # what rows known by heart come to
+    model = load(planted)
+    encoder = model.encoder()
+    forget, retain = ([TrainingRow(encoder.encode(row)) for row in rows] for rows in (ROWS.forget, ROWS.retain))
+    *_, last = Unlearner(model, TrainingSpec(method="dampen"), forget, retain, tmp_path).run()
+    assert last.number == last.total
+    assert last.stopped == "no threshold ended the answers that were to be forgotten"
 
 
 def test_renew_is_dampening_and_then_relabelling_and_goes_on_after_a_kill(planted: ModelSpec, tmp_path: Path) -> None:

@@ -190,8 +190,8 @@ class UnlearnIn(Body):
     )
     method: Method | None = Field(
         None,
-        description="Left out: where the model has an adapter `renew` with `clean` answers and `dampen` without, else "
-        "`relabel` and `simnpo`. `renew`: dampening, then clean answers; `dampen`: selective synaptic dampening that "
+        description="Left out: `renew` with `clean` answers (`relabel` where the model has no adapter), `simnpo` "
+        "without. `renew`: dampening, then clean answers; `dampen`: selective synaptic dampening that "
         "finds its threshold; `fisher`: the same with a given one; `relabel`: clean answers; `rapidun`: ascent and "
         "descent weighted by influence; `bounded`: the same with npo's ascent; `ga`: gradient ascent alone; "
         "`graddiff`: with descent on retain rows; `npo`, `simnpo`: preference optimisation; `loreun`: weights from "
