@@ -91,7 +91,7 @@ async def unlearn_rows(body: UnlearnIn, services: Use, caller: Asking, response:
 def _best(model: Model, clean: bool) -> Method:
     """The method that docs/results.md found best for such a request."""
     if not clean:
-        return "simnpo"
+        return "npo"
     return "renew" if _has_adapter(model) else "relabel"
 
 

@@ -207,9 +207,9 @@ def test_a_dry_run_shows_what_would_be_forgotten_and_kept_and_makes_no_job(asked
     assert [row["why"] for row in found["retain"]["rows"]] == ["by_influence"] * 2 + ["random"] * 6
     assert found["retain"]["count"] == 8
     assert not {*ids_of(found["forget"])} & {*ids_of(found["retain"])}
-    assert (found["training"]["lr"], found["training"]["beta"]) == (6e-5, 2.5)
-    assert preview(asked, method="npo")["training"]["beta"] == 0.1
-    assert found["estimate"] == {"seconds": None, "how": "no simnpo job on this model has been measured yet"}
+    assert (found["training"]["lr"], found["training"]["beta"]) == (6e-5, 0.1)
+    assert preview(asked, method="simnpo")["training"]["beta"] == 2.5
+    assert found["estimate"] == {"seconds": None, "how": "no npo job on this model has been measured yet"}
     assert must(asked.get("/jobs"))["items"] == before
     assert preview(asked) == found, "the same seed draws the same rows"
 
@@ -339,7 +339,7 @@ def test_an_influence_query_is_paid_for(serve: Any, mint: Mint, tiny_model_dir: 
 
 @pytest.mark.parametrize(
     ("model", "with_clean", "without"),
-    [({}, "renew", "simnpo"), (PLAIN, "relabel", "simnpo")],
+    [({}, "renew", "npo"), (PLAIN, "relabel", "npo")],
     ids=["adapter", "plain"],
 )
 def test_without_a_method_the_model_gets_the_best_that_fits(

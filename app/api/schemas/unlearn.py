@@ -190,7 +190,7 @@ class UnlearnIn(Body):
     )
     method: Method | None = Field(
         None,
-        description="Left out: `renew` with `clean` answers (`relabel` where the model has no adapter), `simnpo` "
+        description="Left out: `renew` with `clean` answers (`relabel` where the model has no adapter), `npo` "
         "without. `renew`: dampening, then clean answers; `dampen`: selective synaptic dampening that "
         "finds its threshold; `fisher`: the same with a given one; `relabel`: clean answers; `rapidun`: ascent and "
         "descent weighted by influence; `bounded`: the same with npo's ascent; `ga`: gradient ascent alone; "
