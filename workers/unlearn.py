@@ -8,13 +8,13 @@ import asyncio
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from app.catalog.catalog import Catalog
-from app.catalog.tables import Job, Model, Task
-from app.catalog.types import JobState, new_id
+from app.catalog.tables import Job, Task
+from app.catalog.types import JobState
 from app.influence.corpus import row_from_json
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec
 from app.jobs.artifacts import Curve
@@ -22,7 +22,7 @@ from app.jobs.compute import Compute
 from app.jobs.plans import UnlearnPlan, read_plan
 from app.jobs.progress import Step
 from app.jobs.runner import Planned
-from app.jobs.specs import model_from_json, model_to_json
+from app.jobs.specs import model_from_json, model_row
 from app.unlearning.running import Advance, UnlearnRows, UnlearnSpec, unlearn
 from app.unlearning.training import TrainingSpec
 from workers.same import require_same
@@ -83,16 +83,7 @@ class Unlearn:
         result = await asyncio.to_thread(_result, folder)
         if job.makes_model is None:
             return result
-        spec, loaded = await self._made(job)
-        model = Model(
-            id=new_id("mdl"),
-            name=job.makes_model,
-            spec=model_to_json(spec),
-            fingerprint=dict(loaded.fingerprint),
-            attributed=[asdict(module) for module in loaded.attributed],
-            skipped=[asdict(module) for module in loaded.skipped],
-            context_length=loaded.context_length,
-        )
+        model = model_row(job.makes_model, *await self._made(job))
         await catalog.models.add(model, made_by=job.id)
         return {**result, "model": model.id}
 

@@ -1,6 +1,5 @@
 """Models: register a checkpoint with its adapters, see what is attributed."""
 
-from dataclasses import asdict
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Response
@@ -11,10 +10,8 @@ from app.api.idempotency import IdempotentRoute
 from app.api.schemas.common import Listing
 from app.api.schemas.models import ModelIn, ModelOut, ModelSummary
 from app.api.services import Cursor, Limit, Reading, Services, Use
-from app.catalog.tables import Model
-from app.catalog.types import new_id
 from app.influence.models import Checkpoint, ModelSpec
-from app.jobs.specs import model_from_json, model_to_json
+from app.jobs.specs import model_from_json, model_row
 
 router = APIRouter(prefix="/models", tags=["models"], route_class=IdempotentRoute)
 ModelRef = Annotated[str, Path(description="Id or name of a model.", examples=["smollm2-veld"])]
@@ -31,15 +28,7 @@ async def create_model(body: ModelIn, services: Use, response: Response) -> Mode
         await catalog.models.require_free(body.name)
     spec = _spec(body, services)
     loaded = await services.compute.model(spec, fresh=True)  # the files may have changed since they were loaded
-    model = Model(
-        id=new_id("mdl"),
-        name=body.name,
-        spec=model_to_json(spec),
-        fingerprint=dict(loaded.fingerprint),
-        attributed=[asdict(module) for module in loaded.attributed],
-        skipped=[asdict(module) for module in loaded.skipped],
-        context_length=loaded.context_length,
-    )
+    model = model_row(body.name, spec, loaded)
     async with services.work() as work:
         await work.catalog.models.add(model)
     response.headers["Location"] = f"/models/{model.id}"

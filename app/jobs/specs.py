@@ -1,11 +1,14 @@
 """From what the catalog keeps (JSON) to what the library takes (frozen dataclasses), and back."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from app.catalog.tables import Model
+from app.catalog.types import new_id
 from app.influence.index import IndexSpec
-from app.influence.models import Checkpoint, ModelSpec
+from app.influence.models import Checkpoint, LoadedModel, ModelSpec
 from app.influence.projection import ProjectionSpec
 
 
@@ -45,6 +48,19 @@ def model_from_json(kept: Mapping[str, Any]) -> ModelSpec:
         checkpoints=checkpoints,
         dtype=kept["dtype"],
         device=kept["device"],
+    )
+
+
+def model_row(name: str, spec: ModelSpec, loaded: LoadedModel) -> Model:
+    """A model as the catalog keeps it: what it is made of, and what was found when it was loaded."""
+    return Model(
+        id=new_id("mdl"),
+        name=name,
+        spec=model_to_json(spec),
+        fingerprint=dict(loaded.fingerprint),
+        attributed=[asdict(module) for module in loaded.attributed],
+        skipped=[asdict(module) for module in loaded.skipped],
+        context_length=loaded.context_length,
     )
 
 

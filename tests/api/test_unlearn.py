@@ -12,10 +12,10 @@ import pytest
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
-from app.api.schemas.unlearn import BETA, PARAMETERS, ByInfluenceIn, Mapping, Method, ParametersIn
-from app.api.unlearn import TARGETS
+from app.api.schemas.unlearn import BETA, PARAMETERS, WEIGHTED, ByInfluenceIn, Mapping, Method, ParametersIn
+from app.api.unlearn import NEEDS_CLEAN, TARGETS
 from app.catalog.types import Scope
-from app.unlearning import adapter, training
+from app.unlearning import adapter, stages, training
 from app.unlearning.mappings import MAPPINGS
 from tests.api.conftest import Mint, bearer, quick
 from tests.api.harness import Api, jsonl, must, problem, rows, serving
@@ -359,4 +359,5 @@ def test_methods_parameters_and_their_defaults_are_the_librarys() -> None:
     assert BETA == training.BETA
     assert {*get_args(Mapping)} == {*MAPPINGS}
     assert [*TARGETS] == adapter.TARGETS
+    assert (WEIGHTED, NEEDS_CLEAN) == (stages.WEIGHTED, training.NEEDS_CLEAN)
     assert ByInfluenceIn.model_fields["top_k"].default == 10

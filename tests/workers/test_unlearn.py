@@ -1,13 +1,11 @@
 """An unlearning that is killed with SIGKILL ends in the same adapter as one that is not."""
 
 import json
-from collections.abc import Callable, Iterator
+import signal
 from pathlib import Path
 
-import pytest
-
 from tests.api.harness import jsonl, must, rows, until
-from tests.workers.test_restart import Service
+from tests.operation.process import Start
 
 REQUEST = {
     "model": "tiny",
@@ -20,30 +18,14 @@ REQUEST = {
 }
 
 
-@pytest.fixture
-def start(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Callable[[], Service]]:
-    running: list[Service] = []
-
-    def service() -> Service:
-        running.append(Service(tmp_path / "data", tiny_model_dir.parent))
-        return running[-1]
-
-    yield service
-    for one in running:
-        if one.process.poll() is None:
-            one.kill()
-
-
-def test_a_job_that_is_killed_ends_in_the_same_bytes(
-    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
-) -> None:
+def test_a_job_that_is_killed_ends_in_the_same_bytes(start: Start, tiny_model_dir: Path, tmp_path: Path) -> None:
     first = start()
     first.api.register(tiny_model_dir)
     must(first.api.upload(jsonl(rows())), 201)
     broken, whole = (must(first.api.post("/unlearn", json=REQUEST), 202)["job"]["id"] for _ in range(2))
     kept = tmp_path / "data/artifacts" / broken / "training/state.safetensors"
     until(kept.is_file, bool)
-    first.kill()
+    first.end(signal.SIGKILL)
     assert not (kept.parents[1] / "adapter").exists(), "it was killed in the middle of the training"
 
     second = start()

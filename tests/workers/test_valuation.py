@@ -1,13 +1,11 @@
 """A valuation that is killed in mid-work ends with the same scores."""
 
 import json
-from collections.abc import Callable, Iterator
+import signal
 from pathlib import Path
 
-import pytest
-
 from tests.api.harness import Api, jsonl, must, rows, until
-from tests.workers.test_restart import Service
+from tests.operation.process import Start
 
 ROWS = 320
 REQUEST = {
@@ -22,20 +20,6 @@ REQUEST = {
     "budget": 5_000,
 }
 FILES = ("scores.parquet", "scores.csv", "scores.jsonl", "prices.json")
-
-
-@pytest.fixture
-def start(tmp_path: Path, tiny_model_dir: Path) -> Iterator[Callable[[], Service]]:
-    running: list[Service] = []
-
-    def service() -> Service:
-        running.append(Service(tmp_path / "data", tiny_model_dir.parent))
-        return running[-1]
-
-    yield service
-    for one in running:
-        if one.process.poll() is None:
-            one.kill()
 
 
 def ready(api: Api, model_dir: Path) -> None:
@@ -54,14 +38,14 @@ def blocks(folder: Path, stage: str) -> int:
 
 
 def test_a_valuation_that_is_killed_ends_with_the_same_scores(
-    start: Callable[[], Service], tiny_model_dir: Path, tmp_path: Path
+    start: Start, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
     first = start()
     ready(first.api, tiny_model_dir)
     broken, whole = submit(first.api), submit(first.api)
     folders = [tmp_path / "data/artifacts" / one for one in (broken, whole)]
     until(lambda: blocks(folders[0], "labels"), lambda done: done >= 2)
-    first.kill()
+    first.end(signal.SIGKILL)
     assert not (folders[0] / "report.json").exists(), "it was killed while it labelled"
 
     second = start()
