@@ -139,7 +139,8 @@ async def _resolve(body: UnlearnIn, services: Services, caller: Caller) -> Resol
             ref = getattr(body, name)
             dataset_id = (await catalog.datasets.get(ref, name)).id if ref is not None else None
             measured[name] = list(await catalog.datasets.records(dataset_id)) if dataset_id is not None else []
-    clean = answers(body.clean, {row: samples[row] for row in forget.ids}, method in NEEDS_CLEAN)
+    needed = method in NEEDS_CLEAN and not body.dry_run  # a dry run shows the rows that answers are to be written for
+    clean = answers(body.clean, {row: samples[row] for row in forget.ids}, needed)
     return Resolved(body, method, model, source, forget, retain, samples, clean, measured)
 
 

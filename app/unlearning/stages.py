@@ -270,4 +270,4 @@ def _answered(row: Row, answer: str) -> Row:
 def _advance(step: Step) -> Advance:
     losses = {"forget": step.forget_loss, "retain": step.retain_loss}
     known = {name: loss for name, loss in losses.items() if loss is not None}
-    return Advance("training", step.number, step.total, known, step.stopped)
+    return Advance(step.stage, step.number, step.total, known, step.stopped)

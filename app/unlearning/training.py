@@ -108,13 +108,17 @@ class TrainingRow:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step did; losses are means over its rows, in nats a token."""
+    """What a step did; losses are means over its rows, in nats a token.
+
+    renew's rows whose importances are summed before its training are steps of the stage "importances".
+    """
 
     number: int
     total: int
     forget_loss: float | None
     retain_loss: float | None
     stopped: str | None = None
+    stage: Literal["importances", "training"] = "training"
 
 
 @dataclass
@@ -192,7 +196,7 @@ class Unlearner:
         before = self.mean_loss(self._probe) if self._probe else 1.0
         known = self._known()
         if self.spec.method == "renew":
-            self._weaken()
+            yield from self._weaken()
         done = self._restore()
         good = self.adapter.copy()
         for number in range(done + 1, self.total + 1):
@@ -243,13 +247,13 @@ class Unlearner:
             self.steps[-1] = replace(self.steps[-1], stopped="no threshold ended the answers that were to be forgotten")
             yield self.steps[-1]
 
-    def _weaken(self) -> None:
+    def _weaken(self) -> Iterator[Step]:
         """renew: what fisher does, from the forget rows and three times as many retained, before relabel's steps."""
         groups = [[row.example for row in rows] for rows in (self.forget, self.retain[: 3 * len(self.forget)])]
         plan = json.dumps(asdict(self.spec))
         found = Importances(self.model, self.adapter, groups, self.folder / "importances.safetensors", plan)
-        for _ in found.run(self.keep_every):
-            pass
+        for done in found.run(self.keep_every):
+            yield Step(done, found.total, None, None, stage="importances")
         mine, everything = found.means()
         parameters = {"selection": RENEW, "dampening": self.spec.dampening}
         self.adapter.put(dampened(self.adapter.first, mine, everything, **parameters))

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from app.influence.building import batches
@@ -106,7 +107,7 @@ def load_pairs(folder: Path) -> Pairs:
         arrays = load_file(folder / FILE)
         penalty = float(arrays.pop("penalty")[0])
         return Pairs(penalty=penalty, **arrays)
-    except (OSError, KeyError, TypeError) as error:
+    except (OSError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"the student in '{folder.name}' is not a bi-encoder", field="student") from error
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save
 
 from app.influence.corpus import Row
@@ -147,7 +148,7 @@ def load_student(folder: Path, device: str = "cpu") -> Student:
         arrays = load_file(folder / HEAD)
         head = Head(penalty=told["penalty"], left_out=told["left_out"], **arrays)
         groups = tuple(told["groups"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(f"there is no student in '{folder.name}'", field="student") from error
     body = Body(folder / "body", device)
     if head.mean.shape != (body.width,):

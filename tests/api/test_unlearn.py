@@ -214,6 +214,14 @@ def test_a_dry_run_shows_what_would_be_forgotten_and_kept_and_makes_no_job(asked
     assert preview(asked) == found, "the same seed draws the same rows"
 
 
+def test_a_dry_run_shows_the_rows_that_clean_answers_are_still_to_be_written_for(ready: Api) -> None:
+    found = preview(ready, method="relabel")
+    assert (found["training"]["method"], len(found["forget"]["rows"])) == ("relabel", 2)
+    assert [row["clean"] for row in found["forget"]["rows"]] == [None, None]
+    refused = ready.post("/unlearn", json={"index": "idx", "forget": HARBOURS, "method": "relabel"})
+    assert (refused.status_code, refused.json()["errors"][0]["field"]) == (422, "clean")
+
+
 def test_ways_to_choose_add_up(ready: Api) -> None:
     first = ids_of(preview(ready)["forget"])
     other = [one["id"] for one in must(ready.get("/datasets/facts/samples"))["items"] if one["id"] not in first]

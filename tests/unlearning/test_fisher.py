@@ -107,7 +107,10 @@ def test_renew_is_dampening_and_then_relabelling_and_goes_on_after_a_kill(plante
 
     whole = start("whole")
     before = whole.mean_loss([row.example for row in whole.forget])
-    list(whole.run())
+    steps = list(whole.run())
+    rows = len(whole.forget) + len(whole.retain)
+    assert [step.number for step in steps if step.stage == "importances"][-1] == rows, "the longest part has progress"
+    assert [step.number for step in steps if step.stage == "training"] == list(range(1, whole.total + 1))
     assert whole.mean_loss([row.example for row in whole.forget]) > before
     list(islice(start("cut").run(), 3))
     again = start("cut")

@@ -1,6 +1,7 @@
 """A valuation from rows to scores: what it writes, what a killed run ends as, what is refused."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -14,14 +15,14 @@ import torch
 
 from app.influence.building import build
 from app.influence.corpus import Row, parse_row
-from app.influence.errors import Mismatch, RowError, SpecError
+from app.influence.errors import Mismatch, ModelError, RowError, SpecError
 from app.influence.index import IndexSpec
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.projection import ProjectionSpec
 from app.valuation.pairs import load_pairs
 from app.valuation.ranks import spearman
 from app.valuation.running import BLOCK, Advance, StudentSpec, ValuationSpec, value
-from app.valuation.student import load_student
+from app.valuation.student import HEAD, load_student
 
 WORDS = ["mill", "tower", "gate", "river", "hill", "road", "light", "door", "wall", "bridge", "field", "stone"]
 PLACES = ["north", "south", "east", "west"]
@@ -119,6 +120,15 @@ def test_the_written_student_scores_rows_without_the_model(run: Callable[..., Va
         if not labelled:  # its features were kept in half precision
             assert again[at, 0] == pytest.approx(found["value"][at], abs=2e-3)
             assert uncertainty[at, 0] == pytest.approx(found["uncertainty"][at], abs=2e-3)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", b"\xff" * 64])
+def test_a_damaged_head_is_named(run: Callable[..., Valued], tmp_path: Path, damage: bytes) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(run(ALINFIK)[2]["folder"] / "student", folder)
+    (folder / HEAD).write_bytes(damage)
+    with pytest.raises(ModelError, match="there is no student in 'student'"):
+        load_student(folder)
 
 
 def test_the_bi_encoder_values_rows_for_a_new_validation_set(run: Callable[..., Valued], model: LoadedModel) -> None:
