@@ -16,131 +16,67 @@ Pools are of known groups (benchmarks/pools.py). tiny measures, over the seeds:
 
 How much of the task the model knew before matters: `--known` rows of it were among those that it was trained on first.
 
-smollm2 measures the groups, the student's held-out Spearman correlation against the number of labels, and costs. Both
-compare the routes with exact per-sample gradients (a row at a time by autograd), in CPU seconds of this process, which
-a busy machine disturbs less than wall time. Of the pool's one pass for smollm2 the finished blocks are kept in
-benchmarks/out, so that a run that was stopped goes on; its seconds are those that the blocks took.
+smollm2 (benchmarks/real_rows.py) measures the groups, the curves of one seed, the students' held-out Spearman
+correlation against the number of labels, and costs. Both compare the routes with exact per-sample gradients (a row at a
+time by autograd), in CPU seconds of this process, which a busy machine disturbs less than wall time. Of the pool's one
+pass for smollm2 the finished blocks are kept in benchmarks/out, so that a run that was stopped goes on; its seconds are
+those that the blocks took.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
+import re
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from plots import line_chart
-from pools import GROUPS, Pool, dolly, relevant, tiny
-from ranking import average_precision, bm25
-from rich.console import Console
+from pools import GROUPS, Pool, relevant, tiny
+from ranking import average_precision
+from real_rows import run_smollm2
 from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from shapley import knn_shapley
 from training import train
 from transformers.utils.logging import disable_progress_bar
 from worlds import World, tiny_model
+from worth import (
+    BUDGET,
+    NORMALIZE,
+    Lesson,
+    Scores,
+    console,
+    free_rankings,
+    mean_of,
+    one_pass,
+    quarters,
+    routes,
+    say_routes,
+    trained,
+)
 
 from app.influence.building import batches
-from app.influence.corpus import Example, Row
+from app.influence.corpus import Example
 from app.influence.gradients import losses, target_losses
 from app.influence.models import LoadedModel, ModelSpec, load
-from app.valuation.bodies import LENGTHS, Body, carry, cut
-from app.valuation.linfik import Direction, Normalize, Products, directional, mean_gradient, products
+from app.valuation.bodies import Body, cut
+from app.valuation.linfik import Products, mean_gradient
 from app.valuation.pairs import sketches
 from app.valuation.ranks import spearman
 from app.valuation.student import Student, fit
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOLLM = ROOT / ".headwater" / "models" / "SmolLM2-135M-Instruct"
-NORMALIZE: tuple[Normalize, ...] = ("none", "layer", "unit")
 ETA = 0.004
 ORACLE = 64
 STEPS = (0, 10, 20, 40, 80, 120)
-BUDGET = 1024
-LONGEST = 96
-TEST = 150
-LABELS = (25, 50, 100, 200, 400)
-DRAWS = 5
-LAYERS = (1, 3, 6)
-
-console = Console()
-if not console.is_terminal:
-    console.width = 140
-Scores = dict[str, torch.Tensor]
-"""By name of a ranking: [rows]."""
-
-
-@contextmanager
-def cpu_seconds(into: dict[str, float], name: str) -> Iterator[None]:
-    began = time.process_time()
-    yield
-    into[name] = into.get(name, 0.0) + time.process_time() - began
-
-
-def per_sample(model: LoadedModel, direction: Direction, examples: Sequence[Example]) -> torch.Tensor:
-    """[rows]: <g_V, g_z> with each row's whole gradient formed by autograd, a row at a time."""
-    modules = model.activate(model.checkpoints[-1])
-    weights = [module.weight for module in modules.values()]
-    found = []
-    for weight in weights:
-        weight.requires_grad_(True)
-    for example in examples:
-        grads = torch.autograd.grad(target_losses(model, [example])[0].mean(), weights)
-        each = zip(grads, direction.parts.values(), strict=True)
-        found.append(sum((grad * part).sum().double() for grad, part in each))
-    model.model.requires_grad_(False)
-    return torch.stack([torch.as_tensor(one) for one in found])
-
-
-def routes(model: LoadedModel, direction: Direction, examples: Sequence[Example], budget: int) -> dict[str, Any]:
-    """Both routes beside exact per-sample gradients: rank correlation, CPU seconds, times faster."""
-    took: dict[str, float] = {}
-    with cpu_seconds(took, "per-sample"):
-        exact = per_sample(model, direction, examples)
-    with cpu_seconds(took, "directional"):
-        quick = directional(model, direction, examples, budget)
-    parts: dict[str, torch.Tensor] = {}
-    for name, norms in (("products", False), ("products with norms", True)):
-        with cpu_seconds(took, name):
-            parts[name] = one_pass(model, [direction], examples, norms=norms, budget=budget).values("none")[:, 0]
-    with cpu_seconds(took, "one forward pass"):
-        for batch in batches(examples, budget):
-            losses(model, model.checkpoints[-1], [examples[i] for i in batch])
-    found = {"directional": quick, **parts}
-    return {
-        "rows": len(examples),
-        "tokens": sum(len(example.ids) for example in examples),
-        "budget": budget,
-        "cpu_seconds": took,
-        "spearman": {name: spearman(values, exact) for name, values in found.items()},
-        "times_faster": {name: took["per-sample"] / took[name] for name in found},
-    }
-
-
-def one_pass(
-    model: LoadedModel,
-    directions: Sequence[Direction],
-    examples: Sequence[Example],
-    *,
-    norms: bool,
-    budget: int = BUDGET,
-) -> Products:
-    """`products` of any number of rows."""
-    many = len(model.attributed)
-    dots = torch.zeros(len(examples), many, len(directions), dtype=torch.float64)
-    sizes = torch.ones(len(examples), many, dtype=torch.float64)
-    for batch in batches(examples, budget):
-        part = products(model, directions, [examples[i] for i in batch], norms=norms)
-        dots[batch], sizes[batch] = part.dots, part.norms
-    return Products(dots, sizes, part.ours)
+LESSON = Lesson(STEPS, 16, 1e-3)
+NOTHING = re.compile("$^")
 
 
 def oracle(model: LoadedModel, values: torch.Tensor, rows: Sequence[Example], held: Sequence[Example]) -> float:
@@ -164,11 +100,6 @@ def oracle(model: LoadedModel, values: torch.Tensor, rows: Sequence[Example], he
     return spearman(fallen, values[places])
 
 
-def mean_of(model: LoadedModel, examples: Sequence[Example]) -> float:
-    found = losses(model, model.checkpoints[-1], examples)
-    return float(torch.stack([loss.double().mean() for loss in found]).mean())
-
-
 def rankings(
     model: LoadedModel, pool: Pool, rows: Sequence[Example], held: Sequence[Example], linfik: Products
 ) -> Scores:
@@ -184,18 +115,9 @@ def rankings(
         **free_rankings(pool, linfik),
         "LESS-style: highest cosine with a validation row's gradient": (gradients[1] @ gradients[0].T).amax(1),
         "similarity of mean-pooled states": theirs @ ours.mean(0),
+        "KNN-Shapley of the first response token (pyDVL)": knn_shapley(model, rows, held),
         "lowest loss": -loss,
         "highest loss": loss,
-    }
-
-
-def free_rankings(pool: Pool, linfik: Products) -> Scores:
-    """LinFiK's, and those that need no pass through the model."""
-    texts = [[f"{row.prompt}\n{row.response}" for row in some] for some in (pool.validation, pool.rows)]
-    return {
-        **{f"LinFiK, {name}": linfik.values(name)[:, 0] for name in NORMALIZE},
-        "BM25": bm25(*texts).mean(0),
-        "random": torch.rand(len(pool.rows), generator=torch.Generator().manual_seed(0)),
     }
 
 
@@ -235,7 +157,7 @@ def run_tiny(seeds: int, each: int, known: int) -> dict[str, Any]:
     console.print(table)
     for run in runs:
         console.print(f"oracle at eta {ETA}: Spearman {run['oracle']:.4f}; {run['means']}")
-        _say_routes("tiny", run["routes"])
+        say_routes("tiny", run["routes"])
     shown = {
         name: [(s, statistics.mean(one[at] for one in found)) for at, s in enumerate(STEPS)]
         for name, found in curves.items()
@@ -253,9 +175,7 @@ def tiny_seed(seed: int, each: int, known: int) -> dict[str, Any]:
     pool = tiny(each, seed, known)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        world = World(
-            "tiny", (*pool.rows, *pool.before), frozenset(), (*pool.validation, *pool.test), (), (), _nothing()
-        )
+        world = World("tiny", (*pool.rows, *pool.before), frozenset(), (*pool.validation, *pool.test), (), (), NOTHING)
         made = tiny_model(world, folder, seed)
         made.save_pretrained(folder)
         encoder = load(ModelSpec(folder)).encoder()
@@ -282,35 +202,11 @@ def tiny_seed(seed: int, each: int, known: int) -> dict[str, Any]:
             "oracle": oracle(model, values.values("none")[:, 0], rows, held),
             "routes": routes(model, direction, rows[:512], 4096),
         }
-        quarter = len(rows) // 4
-        sets: dict[str, list[int]] = {}
-        for name in NORMALIZE:
-            order = values.values(name)[:, 0].argsort(descending=True).tolist()
-            sets[f"top quarter, {name}"] = order[:quarter]
-            sets[f"bottom quarter, {name}"] = order[-quarter:]
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-        sets |= {"random quarter": drawn[:quarter], "whole pool": list(range(len(rows)))}
         result["curves"] = {
-            name: trained(folder, [rows[at] for at in places], test, seed) for name, places in sets.items()
+            name: trained(folder, LESSON, [rows[at] for at in places], test, seed)
+            for name, places in quarters(values, NORMALIZE, seed).items()
         }
         return result
-
-
-def trained(folder: Path, rows: Sequence[Example], test: Sequence[Example], seed: int) -> list[float]:
-    """The test rows' loss at STEPS, from the weights in the folder."""
-    model = load(ModelSpec(folder))
-    model.model.requires_grad_(True)
-    found = [mean_of(model, test)]
-    for _ in train(model.model, rows, STEPS[1:], 16, 1e-3, seed, console):
-        model.model.eval()
-        found.append(mean_of(model, test))
-    return found
-
-
-def _nothing() -> Any:
-    import re
-
-    return re.compile("$^")
 
 
 # a long pool
@@ -321,7 +217,7 @@ def run_stream(rows: int) -> dict[str, Any]:
     pool = tiny(50, 0, 20)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        world = World("tiny", (*pool.rows, *pool.before), frozenset(), pool.validation, (), (), _nothing())
+        world = World("tiny", (*pool.rows, *pool.before), frozenset(), pool.validation, (), (), NOTHING)
         tiny_model(world, folder).save_pretrained(folder)
         cut(load(ModelSpec(folder)), 1, folder / "body")
         body = Body(folder / "body")
@@ -341,138 +237,6 @@ def run_stream(rows: int) -> dict[str, Any]:
 def _resident_mb() -> int:
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) // 1024
-
-
-# smollm2
-
-
-def run_smollm2(base: Path, data: Path, encoders: Sequence[Path]) -> dict[str, Any]:
-    pool, model = dolly(data), load(ModelSpec(base))
-    encoder = model.encoder("auto", LONGEST)
-    rows, held = ([encoder.encode(row) for row in some] for some in (pool.rows, pool.validation))
-    direction = mean_gradient(model, held, BUDGET)
-    values, took = kept_pass(model, direction, pool, rows)
-    scores = free_rankings(pool, values)
-    good = torch.tensor(relevant(pool.groups))
-    record: dict[str, Any] = {
-        "rows": len(rows),
-        "tokens": sum(len(one.ids) for one in rows),
-        "auprc": {name: average_precision(found, good) for name, found in scores.items()},
-        "means": {
-            group: {name: float(values.values(name)[[g == group for g in pool.groups], 0].mean()) for name in NORMALIZE}
-            for group in GROUPS
-        },
-        "cpu_seconds_of_products_with_norms": took,
-        "routes": routes(model, direction, rows[:24], BUDGET),
-    }
-    table = Table(title=f"dolly: auPRC of useful rows ({float(good.double().mean()):.2f} of the pool)")
-    for column in ("ranking", "auPRC"):
-        table.add_column(column)
-    for name, found in record["auprc"].items():
-        table.add_row(name, f"{found:.3f}")
-    console.print(table)
-    _say_routes("SmolLM2", record["routes"])
-    record["students"] = students(model, pool, values, encoders, record)
-    return record
-
-
-def kept_pass(model: LoadedModel, direction: Direction, pool: Pool, rows: Sequence[Example]) -> tuple[Products, float]:
-    """Products with norms of the pool and their CPU seconds; finished blocks come from benchmarks/out."""
-    key = hashlib.sha256(
-        json.dumps([model.fingerprint, [row.id for row in (*pool.rows, *pool.validation)], LONGEST, BUDGET]).encode()
-    ).hexdigest()[:12]
-    folder = ROOT / "benchmarks/out" / f"valuation-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-    parts, took = [], 0.0
-    for start in range(0, len(rows), 64):
-        file = folder / f"{start:06d}.safetensors"
-        if not file.exists():
-            seconds: dict[str, float] = {}
-            with cpu_seconds(seconds, "s"):
-                found = one_pass(model, [direction], rows[start : start + 64], norms=True)
-            kept = {"dots": found.dots, "norms": found.norms}
-            save_file(kept, file, {"seconds": str(seconds["s"])})
-        parts.append(load_file(file))
-        with safe_open(file, "pt") as opened:
-            took += float(opened.metadata()["seconds"])
-        console.print(f"values: {min(start + 64, len(rows))} of {len(rows)} rows, {took:.0f} CPU seconds")
-    whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return Products(whole["dots"], whole["norms"], direction.norms[:, None]), took
-
-
-def students(
-    model: LoadedModel, pool: Pool, values: Products, encoders: Sequence[Path], record: dict[str, Any]
-) -> dict[str, Any]:
-    """Held-out Spearman correlation of each student against its number of labels, and its CPU seconds."""
-    found: dict[str, Any] = {}
-    cost = record["routes"]["cpu_seconds"]
-    a_row = {
-        "none": cost["directional"] / record["routes"]["rows"],
-        "layer": record["cpu_seconds_of_products_with_norms"] / len(pool.rows),
-        "unit": record["cpu_seconds_of_products_with_norms"] / len(pool.rows),
-    }
-    with tempfile.TemporaryDirectory() as name:
-        makers: dict[str, Callable[[Path], None]] = {
-            f"own layers, {n}": lambda folder, n=n: cut(model, n, folder)
-            for n in LAYERS  # type: ignore[misc]
-        }
-        makers |= {path.name: lambda folder, path=path: carry(path, folder) for path in encoders}  # type: ignore[misc]
-        for title, make in makers.items():
-            folder = Path(name) / title.replace(" ", "-")
-            make(folder)
-            took: dict[str, float] = {}
-            with cpu_seconds(took, "s"):
-                features = Body(folder).features(list[Row](pool.rows)).double().numpy()
-            student = took["s"] / len(pool.rows)
-            found[title] = {
-                "cpu_seconds_a_row": student,
-                "spearman": {n: label_curve(features, values.values(n).numpy()) for n in NORMALIZE},
-                "share_of_linfik_with_10_%": {n: 0.1 + student / a_row[n] for n in NORMALIZE},
-            }
-        found["lengths alone"] = {
-            "cpu_seconds_a_row": 0.0,
-            "spearman": {n: label_curve(features[:, -LENGTHS:], values.values(n).numpy()) for n in NORMALIZE},
-            "share_of_linfik_with_10_%": dict.fromkeys(NORMALIZE, 0.1),
-        }
-    table = Table(title=f"students: Spearman on {TEST} held-out rows, mean of {DRAWS} draws, by number of labels")
-    for column in ("student", "normalize", *map(str, LABELS), "10 % labels + student, of LinFiK's time"):
-        table.add_column(column, justify="right")
-    for title, told in found.items():
-        for n in NORMALIZE:
-            curve = [f"{told['spearman'][n][str(many)]:.2f}" for many in LABELS]
-            table.add_row(title, n, *curve, f"{told['share_of_linfik_with_10_%'][n]:.1%}")
-    console.print(table)
-    lines = {
-        f"{title}, {n}": [(float(many), told["spearman"][n][str(many)]) for many in LABELS]
-        for title, told in found.items()
-        for n in ("none", "unit")
-    }
-    file = ROOT / "benchmarks/out/valuation-labels.svg"
-    line_chart(file, "Students on held-out rows", "labels", "Spearman", dict(list(lines.items())[-9:]))
-    return found
-
-
-def label_curve(features: Any, values: Any) -> dict[str, float]:
-    """By number of labels; the held-out rows are the same for all of them, and others in each draw."""
-    found: dict[str, list[float]] = {str(many): [] for many in LABELS}
-    for draw in range(DRAWS):
-        order = np.random.default_rng(draw).permutation(len(features))
-        test, rest = order[:TEST], order[TEST:]
-        for many in LABELS:
-            head = fit(features[rest[:many]], values[rest[:many]], 0, draw)
-            found[str(many)].append(spearman(head.predict(features[test])[0][:, 0], values[test, 0]))
-    return {many: statistics.mean(each) for many, each in found.items()}
-
-
-def _say_routes(name: str, told: dict[str, Any]) -> None:
-    table = Table(title=f"{name}: <g_V, g_z> of {told['rows']} rows, {told['tokens']} tokens, CPU seconds")
-    for column in ("route", "CPU seconds", "times faster than per-sample", "Spearman with it"):
-        table.add_column(column, justify="left" if column == "route" else "right")
-    for route, seconds in told["cpu_seconds"].items():
-        fast, same = told["times_faster"].get(route), told["spearman"].get(route)
-        cells = [f"{fast:.1f}" if fast else "", f"{same:.5f}" if same else ""]
-        table.add_row(route, f"{seconds:.2f}", *cells)
-    console.print(table)
 
 
 def main() -> None:
