@@ -11,7 +11,7 @@ import pytest
 from app.catalog.database import Database
 from app.catalog.types import Scope
 from app.settings import Settings
-from tests.api.harness import Api, serving
+from tests.api.harness import Api, must, serving
 from tests.conftest import BACKENDS, Backend, backend_for
 
 Serve = Callable[..., Api]
@@ -63,6 +63,21 @@ def asked(
     ):
         api.ready(tiny_model_dir)
         yield api
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
+def refusing(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path
+) -> Iterator[Api]:
+    """An empty service, for tests of requests that it refuses; it is still empty after all of them."""
+    folder = tmp_path_factory.mktemp("refusing")
+    with (
+        backend_for(request, folder) as backend,
+        serving(quick(folder, tiny_model_dir.parent, **backend.settings)) as api,
+    ):
+        yield api
+        for kind in ("datasets", "models", "indexes", "jobs"):
+            assert must(api.get(f"/{kind}"))["items"] == []
 
 
 @pytest.fixture(scope="session")
