@@ -39,6 +39,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 WRITES = 5
 LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side in several files
+TIE = 1e-5  # relative: scores that differ by less are equal but for the order of their sums
 FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
 
 
@@ -220,6 +221,18 @@ class Shard(Rows):
         found = [flat.search(vector[None].numpy(), k, params=params) for vector in vectors]
         return np.concatenate([scores for scores, _ in found]), np.concatenate([at for _, at in found])
 
+    def lower(
+        self,
+        vectors: torch.Tensor,
+        limits: torch.Tensor,
+        allowed: NDArray[np.bool_],
+        width: int,
+        device: torch.device | str = "cpu",
+    ) -> NDArray[np.int64]:
+        """How many of the rows that are allowed score below each of a query's limits [queries, n], by "unit"."""
+        scores = self.scores(vectors, "unit", width, device)[:, torch.from_numpy(allowed)]
+        return torch.searchsorted(scores.sort(1).values, limits).numpy()
+
     def stored(self, places: Sequence[int]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """Unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows by their places."""
         at = list(places)
@@ -293,6 +306,25 @@ class Searchable(ABC):
             for one in zip(heap.D.tolist(), heap.I.tolist(), owners.tolist(), strict=True)
         ]
 
+    def below(
+        self, vectors: torch.Tensor, ids: Sequence[Sequence[str]], among: Collection[str] | None = None
+    ) -> list[list[float]]:
+        """For each query the share of the rows that may be found, in percent, that score below some rows by "unit".
+
+        Args:
+            vectors: as in `top`, unit per checkpoint.
+            ids: of each query's rows.
+        """
+        allowed = self._allowed(among)
+        rows = sum(int(mask.sum()) for mask in allowed)
+        limits = torch.full((len(vectors), max(map(len, ids), default=0)), -torch.inf)
+        for number, mine in enumerate(ids):
+            if mine:
+                scores = self.vectors(mine)[0] @ vectors[number]
+                limits[number, : len(mine)] = scores - TIE * scores.abs()
+        counts = sum(self.lower(vectors, limits, allowed), np.zeros(limits.shape, np.int64))
+        return [[100 * int(many) / rows for many in one[: len(mine)]] for one, mine in zip(counts, ids, strict=True)]
+
     def _allowed(self, among: Collection[str] | None) -> list[NDArray[np.bool_]]:
         """For each shard [rows]: which may be found."""
         if among is None:
@@ -337,6 +369,12 @@ class Searchable(ABC):
         """`Shard.best` of every shard."""
 
     @abstractmethod
+    def lower(
+        self, vectors: torch.Tensor, limits: torch.Tensor, allowed: Sequence[NDArray[np.bool_]]
+    ) -> Sequence[NDArray[np.int64]]:
+        """`Shard.lower` of every shard."""
+
+    @abstractmethod
     def stored(
         self, places: Mapping[int, Sequence[int]]
     ) -> Mapping[int, tuple[NDArray[np.float16], NDArray[np.float32]]]:
@@ -367,6 +405,13 @@ class Index(Searchable):
         """One shard after the other."""
         width = self.manifest.width
         return [s.best(vectors, k, normalize, largest, m, width) for s, m in zip(self.shards, allowed, strict=True)]
+
+    def lower(
+        self, vectors: torch.Tensor, limits: torch.Tensor, allowed: Sequence[NDArray[np.bool_]]
+    ) -> Sequence[NDArray[np.int64]]:
+        """One shard after the other."""
+        width = self.manifest.width
+        return [s.lower(vectors, limits, mask, width) for s, mask in zip(self.shards, allowed, strict=True)]
 
     def stored(
         self, places: Mapping[int, Sequence[int]]

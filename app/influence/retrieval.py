@@ -9,7 +9,7 @@ token scores average to the row's score: every divisor is the whole query's (or 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,10 +18,11 @@ import torch
 
 from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
-from app.influence.curvature import DAMPING, Curvature, Precondition
+from app.influence.curvature import DAMPING, Precondition
 from app.influence.errors import QueryError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
-from app.influence.index import Normalize, Searchable
+from app.influence.index import Searchable
+from app.influence.metric import BY_NORM, Metric
 from app.influence.models import Checkpoint, LoadedModel
 
 Route = Literal["backwards", "nudges"]
@@ -72,7 +73,12 @@ class TrainToken:
 
 @dataclass
 class Hit:
-    """A row. `percentile` is the share of the rows that may be found, in percent, that score below it."""
+    """A row. `percentile` is the share of the rows that may be found, in percent, that rank below it.
+
+    Where rows are ranked with their norms (`normalize` "none"), `direction_percentile` is its place by direction alone,
+    and `by_norm` says that at least `BY_NORM` percent of the rows point closer to the generation (an opponent: further
+    away) and yet rank below (above) it.
+    """
 
     id: str
     score: float
@@ -80,6 +86,8 @@ class Hit:
     token_scores: list[float] | None = None
     train_tokens: list[TrainToken] | None = None
     pair_scores: list[list[float]] | None = None  # [train token][query token]
+    direction_percentile: float | None = None
+    by_norm: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,8 +132,8 @@ def influence(
     """
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
-    metric = _Metric(index, options)
     index.check(model)
+    metric = Metric(index, options.normalize, options.precondition)
     kept = index.manifest.index_spec
     plan = plan_for(model, kept.projection, kept.normalisation)
     encoder = model.encoder(kept.template)
@@ -135,9 +143,9 @@ def influence(
         examples = [one.example for one in asked]
         found = [_gradients(model, c, plan, examples, kept.token_budget) for c in model.checkpoints]
     vectors = torch.cat([f.vectors.float().cpu() for f in found], 1)  # [queries, checkpoints * width]
-    norms, vectors = metric.query(vectors)
+    turned, norms = metric.query(vectors)
     weights = torch.tensor(index.manifest.weights) / norms  # [queries, checkpoints]
-    vectors = vectors * weights.repeat_interleave(plan.width, 1)
+    vectors = turned * weights.repeat_interleave(plan.width, 1)
     if not torch.isfinite(vectors).all():
         raise QueryError("the gradient of the generation is not finite", field="generation")
     with _timed(timings, "search"):
@@ -160,6 +168,9 @@ def influence(
             for name, sign in (("proponents", 1), ("opponents", -1))
         )
         hits = [*proponents, *opponents]
+        if metric.rows == "none":
+            with _timed(mine, "search"):
+                _compare_directions(metric, turned[number : number + 1], hits, options.among)
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
                 route = scorer.add(
@@ -174,10 +185,11 @@ def influence(
                 loss=float(own.mean()),
                 proponents=proponents,
                 opponents=opponents,
-                definition=_definition(index, options, route),
+                definition=_definition(metric, route),
                 warnings=[
                     *index.manifest.warnings,
                     *_loss_warning(index, float(own.mean())),
+                    *_norm_warnings(hits),
                     *([] if any(found[number] for found in ranked.values()) else [NOTHING]),
                 ],
                 timings=mine,
@@ -218,63 +230,6 @@ class _Asked:
         return found
 
 
-class _Metric:
-    """How vectors [n, checkpoints * width] of queries and rows are turned and measured before they meet.
-
-    Attributes:
-        rows: what `Searchable.top` multiplies a stored unit vector by.
-    """
-
-    def __init__(self, index: Searchable, options: Options) -> None:
-        """Raises QueryError where the index has no second moments, or the options contradict each other."""
-        self.index, self.options = index, options
-        self.curvature = None if options.precondition == "none" else _curvature(index)
-        self.rows: Normalize = "scaled" if options.precondition == "trackstar" else options.normalize
-        if options.precondition == "trackstar" and options.normalize != "unit":
-            detail = 'trackstar is a cosine: leave `normalize` out, or ask for precondition "fisher"'
-            raise QueryError(detail, field="normalize")
-
-    def turn(self, vectors: torch.Tensor) -> torch.Tensor:
-        """A v; v itself where nothing preconditions."""
-        return vectors if self.curvature is None else self.curvature.apply(vectors)
-
-    def query(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What a query is divided by, [n, checkpoints], and what it is then: A q."""
-        turned = self.turn(vectors)
-        if self.rows == "scaled":
-            return self._lengths(vectors, turned), turned
-        return self._lengths(turned, turned), turned
-
-    def row(self, vectors: torch.Tensor) -> torch.Tensor:
-        """What rows are divided by, [n, checkpoints]."""
-        return self._lengths(vectors, self.turn(vectors) if self.rows == "scaled" else vectors)
-
-    def factors(self, ids: Sequence[str], norms: torch.Tensor) -> torch.Tensor:
-        """What the stored unit vectors of rows, whose norms these are, are multiplied by: [n, checkpoints]."""
-        if self.rows == "scaled":
-            return self.index.scales(ids)
-        return norms if self.rows == "none" else torch.ones_like(norms)
-
-    def _lengths(self, vectors: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
-        many = len(self.index.manifest.checkpoints)
-        if self.rows == "none":
-            return torch.ones(len(vectors), many)
-        squares: torch.Tensor = (vectors.unflatten(1, (many, -1)) * others.unflatten(1, (many, -1))).sum(2)
-        lengths: torch.Tensor = squares.clamp_min(0).sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
-        return lengths
-
-
-def _curvature(index: Searchable) -> Curvature:
-    if index.curvature is not None:
-        return index.curvature
-    try:
-        index.manifest.blocks()
-    except ValueError as error:
-        raise QueryError(str(error), field="precondition") from error
-    detail = "the index was built before second moments were gathered: repair it (POST /indexes/{index}/repair), which "
-    raise QueryError(f"{detail}gathers them and computes no gradient again", field="precondition")
-
-
 class _Tokens:
     """Token scores of retrieved rows.
 
@@ -291,7 +246,7 @@ class _Tokens:
         encoder: Encoder,
         options: Options,
         row_of: Callable[[str], Row],
-        metric: _Metric,
+        metric: Metric,
     ) -> None:
         self.model, self.index, self.plan, self.encoder = model, index, plan, encoder
         self.options, self.row_of, self.metric = options, row_of, metric
@@ -394,34 +349,41 @@ def _gradients(
     return Gradients(torch.stack(vectors), losses, torch.stack(divisors))
 
 
-def _definition(index: Searchable, options: Options, route: Route | None) -> Definition:
-    spec = index.manifest.spec
-    unit = options.normalize == "unit"
-    kind = "cosine" if unit else "dot"
-    layer = spec["normalisation"] == "layer"
-    name, inner = {
-        "none": (f"gradient_{kind}", "<g_q, g_z> / (|g_q| |g_z|)" if unit else "<g_q, g_z>"),
-        "fisher": (f"fisher_{kind}", "<A g_q, g_z> / (|A g_q| |g_z|)" if unit else "<A g_q, g_z>"),
-        "trackstar": ("trackstar", "<A g_q, g_z> / sqrt(<A g_q, g_q> <A g_z, g_z>)"),
-    }[options.precondition]
-    if layer:
-        name = name.replace("gradient", "layer") if options.precondition == "none" else f"layer_{name}"
-    formula = f"sum over checkpoints of weight x {inner}{' of layer-normalised gradients' if layer else ''}"
-    preconditioned = options.precondition != "none" and index.curvature is not None
-    if preconditioned:
-        formula += f"; A = (H + {DAMPING:g} mean eigenvalue(H))^-1 of each block, H = mean of g_z g_z^T over rows"
+def _definition(metric: Metric, route: Route | None) -> Definition:
+    manifest = metric.index.manifest
     return Definition(
-        name=name,
-        formula=formula,
-        normalize=options.normalize,
-        precondition=options.precondition,
-        damping=DAMPING if preconditioned else None,
-        moments_rows=index.curvature.rows if preconditioned and index.curvature else None,
-        index_normalisation=spec["normalisation"],
-        projection=dict(spec["projection"]),
-        checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in index.manifest.checkpoints],
+        name=metric.name,
+        formula=metric.formula,
+        normalize=metric.normalize,
+        precondition=metric.precondition,
+        damping=None if metric.curvature is None else DAMPING,
+        moments_rows=None if metric.curvature is None else metric.curvature.rows,
+        index_normalisation=manifest.spec["normalisation"],
+        projection=dict(manifest.spec["projection"]),
+        checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in manifest.checkpoints],
         tokens_route=route,
     )
+
+
+def _compare_directions(
+    metric: Metric, turned: torch.Tensor, hits: Sequence[Hit], among: Collection[str] | None
+) -> None:
+    """Write into the hits of a query A q [1, checkpoints * width] where they would stand by direction alone."""
+    (places,) = metric.direction_percentiles(turned, [[hit.id for hit in hits]], among)
+    for hit, place in zip(hits, places, strict=True):
+        hit.direction_percentile = place
+        gap = hit.percentile - place
+        hit.by_norm = (gap if hit.score > 0 else -gap) >= BY_NORM
+
+
+def _norm_warnings(hits: Sequence[Hit]) -> list[str]:
+    many = sum(hit.by_norm for hit in hits)
+    if not many:
+        return []
+    return [
+        f"{many} of {len(hits)} rows are here by the size of their gradients, not by their direction (`by_norm`): "
+        'compare with normalize "unit"'
+    ]
 
 
 def _loss_warning(index: Searchable, loss: float) -> list[str]:
@@ -438,4 +400,4 @@ def _loss_warning(index: Searchable, loss: float) -> list[str]:
 def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    timings[stage] = time.perf_counter() - started
+    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started

@@ -119,6 +119,13 @@ class Holder:
         query = torch.from_numpy(vectors.copy())  # Ray's arrays are read-only
         return self.shard.best(query, k, normalize, largest, allowed, self._width, self._device)
 
+    def lower(
+        self, vectors: NDArray[np.float32], limits: NDArray[np.float32], allowed: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """`Shard.lower`."""
+        query, levels = torch.from_numpy(vectors.copy()), torch.from_numpy(limits.copy())
+        return self.shard.lower(query, levels, allowed, self._width, self._device)
+
     def stored(self, places: Sequence[int]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """`Shard.stored`."""
         return self.shard.stored(places)
@@ -170,6 +177,17 @@ class ShardedIndex(Searchable):
             number: holder.best.remote(query, k, normalize, largest, mask)
             for number, (holder, mask) in enumerate(zip(self.holders, allowed, strict=True))
         }
+        return list(self._gather(asked).values())
+
+    def lower(
+        self, vectors: torch.Tensor, limits: torch.Tensor, allowed: Sequence[NDArray[np.bool_]]
+    ) -> Sequence[NDArray[np.int64]]:
+        """All shards at once."""
+        import ray
+
+        query, levels = ray.put(vectors.numpy()), ray.put(limits.numpy())
+        each = zip(self.holders, allowed, strict=True)
+        asked = {number: holder.lower.remote(query, levels, mask) for number, (holder, mask) in enumerate(each)}
         return list(self._gather(asked).values())
 
     def stored(
