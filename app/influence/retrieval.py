@@ -1,14 +1,15 @@
 """A generation in; the training samples that pushed the model towards it, and away from it, out.
 
 Score of a row z for a query q (TracIn-CP; METHODS section 1): sum over checkpoints c of w_c <grad L(q), grad L(z)>,
-each gradient divided by its norm when `normalize` is "unit". L is the mean loss over the tokens asked about, so token
-scores average to the row's score: every divisor is the whole query's (or the whole row's), never the token's.
+each gradient divided by its norm when `normalize` is "unit". `precondition` puts A grad L(q) in the place of grad L(q),
+and "trackstar" takes lengths by A (curvature.py; docs/scores.md). L is the mean loss over the tokens asked about, so
+token scores average to the row's score: every divisor is the whole query's (or the whole row's), never the token's.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -17,9 +18,11 @@ import torch
 
 from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
+from app.influence.curvature import DAMPING, Precondition
 from app.influence.errors import QueryError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
 from app.influence.index import Searchable
+from app.influence.metric import BY_NORM, Metric
 from app.influence.models import Checkpoint, LoadedModel
 
 Route = Literal["backwards", "nudges"]
@@ -45,6 +48,7 @@ class Options:
     tokens: Literal["none", "query", "train", "both"] = "query"
     direction: Literal["proponents", "opponents", "both"] = "proponents"
     normalize: Literal["none", "unit"] = "unit"
+    precondition: Precondition = "none"
     among: frozenset[str] | None = field(default=None, repr=False)
 
 
@@ -69,7 +73,12 @@ class TrainToken:
 
 @dataclass
 class Hit:
-    """A row. `percentile` is the share of the rows that may be found, in percent, that score below it."""
+    """A row. `percentile` is the share of the rows that may be found, in percent, that rank below it.
+
+    Where rows are ranked with their norms (`normalize` "none"), `direction_percentile` is its place by direction alone,
+    and `by_norm` says that at least `BY_NORM` percent of the rows point closer to the generation (an opponent: further
+    away) and yet rank below (above) it.
+    """
 
     id: str
     score: float
@@ -77,15 +86,20 @@ class Hit:
     token_scores: list[float] | None = None
     train_tokens: list[TrainToken] | None = None
     pair_scores: list[list[float]] | None = None  # [train token][query token]
+    direction_percentile: float | None = None
+    by_norm: bool = False
 
 
 @dataclass(frozen=True)
 class Definition:
-    """What the scores mean."""
+    """What the scores mean; where they are preconditioned, by which damping, in mean eigenvalues, and whose moments."""
 
     name: str
     formula: str
     normalize: str
+    precondition: str
+    damping: float | None
+    moments_rows: int | None
     index_normalisation: str
     projection: dict[str, Any]
     checkpoints: list[dict[str, Any]]
@@ -119,6 +133,7 @@ def influence(
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
     index.check(model)
+    metric = Metric(index, options.normalize, options.precondition)
     kept = index.manifest.index_spec
     plan = plan_for(model, kept.projection, kept.normalisation)
     encoder = model.encoder(kept.template)
@@ -127,10 +142,10 @@ def influence(
     with _timed(timings, "gradients"):
         examples = [one.example for one in asked]
         found = [_gradients(model, c, plan, examples, kept.token_budget) for c in model.checkpoints]
-    norms = torch.stack([_norms(f, options) for f in found], 1)  # [queries, checkpoints]
-    weights = torch.tensor(index.manifest.weights) / norms
     vectors = torch.cat([f.vectors.float().cpu() for f in found], 1)  # [queries, checkpoints * width]
-    vectors = vectors * weights.repeat_interleave(plan.width, 1)
+    turned, norms = metric.query(vectors)
+    weights = torch.tensor(index.manifest.weights) / norms  # [queries, checkpoints]
+    vectors = turned * weights.repeat_interleave(plan.width, 1)
     if not torch.isfinite(vectors).all():
         raise QueryError("the gradient of the generation is not finite", field="generation")
     with _timed(timings, "search"):
@@ -139,11 +154,11 @@ def influence(
             "opponents": options.direction != "proponents",
         }
         ranked = {
-            name: index.top(vectors, options.top_k, options.normalize, name == "proponents", options.among)
+            name: index.top(vectors, options.top_k, metric.rows, name == "proponents", options.among)
             for name, asked_for in wanted.items()
             if asked_for
         }
-    scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of)
+    scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of, metric)
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
@@ -153,6 +168,9 @@ def influence(
             for name, sign in (("proponents", 1), ("opponents", -1))
         )
         hits = [*proponents, *opponents]
+        if metric.rows == "none":
+            with _timed(mine, "search"):
+                _compare_directions(metric, turned[number : number + 1], hits, options.among)
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
                 route = scorer.add(
@@ -167,10 +185,11 @@ def influence(
                 loss=float(own.mean()),
                 proponents=proponents,
                 opponents=opponents,
-                definition=_definition(index, options, route),
+                definition=_definition(metric, route),
                 warnings=[
                     *index.manifest.warnings,
                     *_loss_warning(index, float(own.mean())),
+                    *_norm_warnings(hits),
                     *([] if any(found[number] for found in ranked.values()) else [NOTHING]),
                 ],
                 timings=mine,
@@ -211,14 +230,6 @@ class _Asked:
         return found
 
 
-def _norms(found: Gradients, options: Options) -> torch.Tensor:
-    """[batch], what the vectors are divided by."""
-    if options.normalize == "none":
-        return torch.ones(len(found.vectors))
-    norms: torch.Tensor = found.vectors.float().norm(dim=1).cpu()
-    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
-
-
 class _Tokens:
     """Token scores of retrieved rows.
 
@@ -235,9 +246,10 @@ class _Tokens:
         encoder: Encoder,
         options: Options,
         row_of: Callable[[str], Row],
+        metric: Metric,
     ) -> None:
         self.model, self.index, self.plan, self.encoder = model, index, plan, encoder
-        self.options, self.row_of = options, row_of
+        self.options, self.row_of, self.metric = options, row_of, metric
 
     def add(
         self,
@@ -252,13 +264,13 @@ class _Tokens:
         Args:
             divisors: [checkpoint][modules] of the query's gradient.
             weights: [checkpoints], the checkpoints' weights over the query's norms.
-            vector: [checkpoints * width], the query's weighted vector.
+            vector: [checkpoints * width], the query's weighted vector, preconditioned.
         """
         if self.options.tokens == "query":
-            units, norms = self.index.vectors([hit.id for hit in hits])
-            if self.options.normalize == "unit":
-                norms = torch.ones_like(norms)
-            rows = units * (norms * weights).repeat_interleave(self.plan.width, 1)
+            ids = [hit.id for hit in hits]
+            units, norms = self.index.vectors(ids)
+            factors = self.metric.factors(ids, norms) * weights
+            rows = self.metric.turn(units * factors.repeat_interleave(self.plan.width, 1))  # A is symmetric
             scores, route = self._scores(example, divisors, rows, [hit.score for hit in hits])
             for hit, row in zip(hits, scores.T.tolist(), strict=True):
                 hit.token_scores = row
@@ -268,14 +280,14 @@ class _Tokens:
         if self.options.tokens == "both":
             each = zip(self.model.checkpoints, divisors, strict=True)
             tokens = [token_gradients(self.model, c, self.plan, example, divisor).float().cpu() for c, divisor in each]
-            directions = torch.cat(tokens, 1) * weights.repeat_interleave(self.plan.width)
+            directions = self.metric.turn(torch.cat(tokens, 1)) * weights.repeat_interleave(self.plan.width)
             routes.add("backwards")
         for hit in hits:
             row = self.encoder.encode(self.row_of(hit.id))
             found = [gradients(self.model, c, self.plan, [row]) for c in self.model.checkpoints]
-            norm = torch.cat([_norms(f, self.options) for f in found])
-            scaled = directions / norm.repeat_interleave(self.plan.width)
             own = torch.cat([f.vectors[0].float().cpu() for f in found])
+            (norm,) = self.metric.row(own[None])
+            scaled = directions / norm.repeat_interleave(self.plan.width)
             scores, route = self._scores(row, [f.divisors[0] for f in found], scaled, (scaled @ own).tolist())
             routes.add(route)
             texts = _texts(row)
@@ -337,20 +349,41 @@ def _gradients(
     return Gradients(torch.stack(vectors), losses, torch.stack(divisors))
 
 
-def _definition(index: Searchable, options: Options, route: Route | None) -> Definition:
-    spec = index.manifest.spec
-    kind = "cosine" if options.normalize == "unit" else "dot"
-    inner = "<g_q, g_z> / (|g_q| |g_z|)" if options.normalize == "unit" else "<g_q, g_z>"
-    layer = " of layer-normalised gradients" if spec["normalisation"] == "layer" else ""
+def _definition(metric: Metric, route: Route | None) -> Definition:
+    manifest = metric.index.manifest
     return Definition(
-        name=f"{'layer' if layer else 'gradient'}_{kind}",
-        formula=f"sum over checkpoints of weight x {inner}{layer}",
-        normalize=options.normalize,
-        index_normalisation=spec["normalisation"],
-        projection=dict(spec["projection"]),
-        checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in index.manifest.checkpoints],
+        name=metric.name,
+        formula=metric.formula,
+        normalize=metric.normalize,
+        precondition=metric.precondition,
+        damping=None if metric.curvature is None else DAMPING,
+        moments_rows=None if metric.curvature is None else metric.curvature.rows,
+        index_normalisation=manifest.spec["normalisation"],
+        projection=dict(manifest.spec["projection"]),
+        checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in manifest.checkpoints],
         tokens_route=route,
     )
+
+
+def _compare_directions(
+    metric: Metric, turned: torch.Tensor, hits: Sequence[Hit], among: Collection[str] | None
+) -> None:
+    """Write into the hits of a query A q [1, checkpoints * width] where they would stand by direction alone."""
+    (places,) = metric.direction_percentiles(turned, [[hit.id for hit in hits]], among)
+    for hit, place in zip(hits, places, strict=True):
+        hit.direction_percentile = place
+        gap = hit.percentile - place
+        hit.by_norm = (gap if hit.score > 0 else -gap) >= BY_NORM
+
+
+def _norm_warnings(hits: Sequence[Hit]) -> list[str]:
+    many = sum(hit.by_norm for hit in hits)
+    if not many:
+        return []
+    return [
+        f"{many} of {len(hits)} rows are here by the size of their gradients, not by their direction (`by_norm`): "
+        'compare with normalize "unit"'
+    ]
 
 
 def _loss_warning(index: Searchable, loss: float) -> list[str]:
@@ -367,4 +400,4 @@ def _loss_warning(index: Searchable, loss: float) -> list[str]:
 def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    timings[stage] = time.perf_counter() - started
+    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started

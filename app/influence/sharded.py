@@ -23,7 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 from app.influence.errors import HeadwaterError, ShardsMissing, SpecError
-from app.influence.index import Best, Normalize, Rows, Searchable, Shard, open_shard, read_manifest
+from app.influence.index import (
+    Best,
+    Normalize,
+    Rows,
+    Searchable,
+    Shard,
+    open_curvature,
+    open_shard,
+    read_manifest,
+    scales_of,
+)
 
 AUTH = "RAY_AUTH_MODE"
 CPUS = 0.01
@@ -75,11 +85,18 @@ class Holder:
     """What an actor is: one mapped shard."""
 
     def __init__(
-        self, path: Path, record: dict[str, Any], deleted: Sequence[str], width: int, verify: bool, threads: int
+        self,
+        path: Path,
+        record: dict[str, Any],
+        deleted: Sequence[str],
+        width: int,
+        verify: bool,
+        scales: NDArray[np.float32] | None,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
-        self._open = partial(open_shard, path, record, deleted, width, verify)
+        self._open = partial(open_shard, path, record, deleted, width, verify, scales)
         self._shard: Shard | None = None
         self._width = width
         self._device = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.is_available() else "cpu"
@@ -101,6 +118,13 @@ class Holder:
         """`Shard.best`."""
         query = torch.from_numpy(vectors.copy())  # Ray's arrays are read-only
         return self.shard.best(query, k, normalize, largest, allowed, self._width, self._device)
+
+    def lower(
+        self, vectors: NDArray[np.float32], limits: NDArray[np.float32], allowed: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """`Shard.lower`."""
+        query, levels = torch.from_numpy(vectors.copy()), torch.from_numpy(limits.copy())
+        return self.shard.lower(query, levels, allowed, self._width, self._device)
 
     def stored(self, places: Sequence[int]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """`Shard.stored`."""
@@ -132,14 +156,15 @@ class ShardedIndex(Searchable):
         for mark in manifest.deleted:
             tombstones[mark.partition(":")[0]].append(mark)
         threads = cluster.threads or torch.get_num_threads()
+        curvature = open_curvature(path, manifest, verify)
         self.holders: list[Any] = [
             actor.options(**options).remote(
-                path.resolve(), record, tombstones[record["name"]], manifest.width, verify, threads
+                path.resolve(), record, tombstones[record["name"]], manifest.width, verify, scales, threads
             )
-            for record in manifest.shards
+            for record, scales in zip(manifest.shards, scales_of(manifest, curvature), strict=True)
         ]
         asked = {number: holder.rows.remote() for number, holder in enumerate(self.holders)}
-        super().__init__(path, manifest, list(self._gather(asked).values()))
+        super().__init__(path, manifest, list(self._gather(asked).values()), curvature)
 
     def best(
         self, vectors: torch.Tensor, k: int, normalize: Normalize, largest: bool, allowed: Sequence[NDArray[np.bool_]]
@@ -152,6 +177,17 @@ class ShardedIndex(Searchable):
             number: holder.best.remote(query, k, normalize, largest, mask)
             for number, (holder, mask) in enumerate(zip(self.holders, allowed, strict=True))
         }
+        return list(self._gather(asked).values())
+
+    def lower(
+        self, vectors: torch.Tensor, limits: torch.Tensor, allowed: Sequence[NDArray[np.bool_]]
+    ) -> Sequence[NDArray[np.int64]]:
+        """All shards at once."""
+        import ray
+
+        query, levels = ray.put(vectors.numpy()), ray.put(limits.numpy())
+        each = zip(self.holders, allowed, strict=True)
+        asked = {number: holder.lower.remote(query, levels, mask) for number, (holder, mask) in enumerate(each)}
         return list(self._gather(asked).values())
 
     def stored(

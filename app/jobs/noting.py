@@ -43,6 +43,10 @@ class Noting(Searchable):
         """As the index does it."""
         return self._index.best(*asked, **how)
 
+    def lower(self, *asked: Any, **how: Any) -> Sequence[NDArray[np.int64]]:
+        """As the index does it."""
+        return self._index.lower(*asked, **how)
+
     def stored(self, *asked: Any, **how: Any) -> Mapping[int, tuple[NDArray[np.float16], NDArray[np.float32]]]:
         """As the index does it."""
         return self._index.stored(*asked, **how)

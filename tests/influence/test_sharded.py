@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from app.influence.building import build
-from app.influence.corpus import parse_row
+from app.influence.corpus import Message, parse_row
 from app.influence.errors import IndexCorrupt, ShardsMissing, SpecError
 from app.influence.index import FEW, Index, IndexSpec, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.projection import ProjectionSpec
+from app.influence.retrieval import Options, Query, influence
 from app.influence.sharded import AUTH, Cluster, ShardedIndex
 from tests.api.conftest import quick
 from tests.api.harness import jsonl, must, rows, serving
@@ -60,7 +61,7 @@ def vectors(index: Index, queries: int = 1) -> torch.Tensor:
 
 @pytest.mark.parametrize("queries", [1, FEW - 1, FEW, 9])
 @pytest.mark.parametrize("largest", [True, False])
-@pytest.mark.parametrize("normalize", ["none", "unit"])
+@pytest.mark.parametrize("normalize", ["none", "unit", "scaled"])
 def test_results_are_those_of_the_index_in_this_process_to_the_last_bit(
     local: Index, sharded: ShardedIndex, normalize: Any, largest: bool, queries: int
 ) -> None:
@@ -68,6 +69,22 @@ def test_results_are_those_of_the_index_in_this_process_to_the_last_bit(
     for among in (None, local.ids[3:9], []):
         for k in (1, 7, 100):
             assert sharded.top(asked, k, normalize, largest, among) == local.top(asked, k, normalize, largest, among)
+        ids = [local.ids[number : number + 2 * number] for number in range(queries)]
+        assert sharded.below(asked, ids, among or None) == local.below(asked, ids, among or None)
+
+
+@pytest.mark.parametrize(("precondition", "normalize"), [("none", "none"), ("fisher", "none"), ("trackstar", "unit")])
+def test_answers_are_those_of_the_index_in_this_process(
+    local: Index, sharded: ShardedIndex, model: LoadedModel, precondition: Any, normalize: Any
+) -> None:
+    query = Query((Message("user", "Question 3?"),), "word 3")
+    options = Options(5, "query", "both", normalize, precondition)
+    here, there = (
+        influence(model, index, [query], options, lambda _: pytest.fail("no text is needed"))[0]
+        for index in (local, sharded)
+    )
+    assert there.proponents == here.proponents and there.opponents == here.opponents
+    assert there.definition == here.definition
 
 
 def test_stored_vectors_are_the_same_in_the_order_that_is_asked_for(local: Index, sharded: ShardedIndex) -> None:
