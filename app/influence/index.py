@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -27,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from app.influence.corpus import Template
-from app.influence.curvature import Curvature, blocks, load
+from app.influence.curvature import Curvature, blocks, open_curvature, scales_of
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
+from app.influence.files import is_whole
 from app.influence.projection import ProjectionSpec
 from app.influence.shape import require_shape
 
@@ -435,42 +435,6 @@ def open_index(path: Path, verify: bool = True) -> Index:
     return Index(path, manifest, shards, curvature)
 
 
-def open_curvature(path: Path, manifest: Manifest, verify: bool) -> Curvature | None:
-    """Map the second moments of an index, if it has any.
-
-    Raises:
-        IndexCorrupt: they are missing or altered; the file is set aside as *.corrupt.
-    """
-    if manifest.curvature is None:
-        return None
-    name = manifest.curvature["name"]
-    if curvature_damaged(path, manifest, verify):
-        with contextlib.suppress(FileNotFoundError):
-            (path / name).replace(path / f"{name}.corrupt")
-        detail = f"{name} is not what was written (checksum or size); it was set aside: repair the index"
-        raise IndexCorrupt(detail, shard=name)
-    try:
-        rows = sum(record["rows"] for record in manifest.shards)
-        return load(path / name, manifest.blocks(), len(manifest.checkpoints), rows)
-    except (ValueError, LookupError, SafetensorError) as error:
-        detail = f"{name} has the bytes that the manifest names, and they are no second moments of its index: {error}"
-        raise IndexCorrupt(detail, shard=name) from error
-
-
-def curvature_damaged(path: Path, manifest: Manifest, verify: bool) -> bool:
-    """Whether the file of second moments is not that of the manifest: by size, and by checksum if `verify`."""
-    record = manifest.curvature
-    return record is not None and not _is_whole(path / record["name"], record["size"], record["digest"], verify)
-
-
-def scales_of(manifest: Manifest, curvature: Curvature | None) -> list[NDArray[np.float32] | None]:
-    """Each shard's part of the curvature's scales."""
-    if curvature is None:
-        return [None] * len(manifest.shards)
-    ends = np.cumsum([record["rows"] for record in manifest.shards])
-    return list(np.split(curvature.scales, ends[:-1]))
-
-
 def open_shard(
     path: Path,
     record: dict[str, Any],
@@ -535,23 +499,9 @@ def damaged(path: Path, record: dict[str, Any], verify: bool) -> list[Path]:
     bad = []
     for name, size, digest in record["files"]:
         file = path / "shards" / name
-        if not _is_whole(file, size, digest, verify):
+        if not is_whole(file, size, digest, verify):
             bad.append(file)
     return bad
-
-
-def file_record(file: Path) -> dict[str, Any]:
-    """Name, size and checksum, as a manifest has them."""
-    return {"name": file.name, "size": file.stat().st_size, "digest": _sha256(file)}
-
-
-def _is_whole(file: Path, size: int, digest: str, verify: bool) -> bool:
-    return file.is_file() and file.stat().st_size == size and not (verify and _sha256(file) != digest)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def publish(path: Path, manifest: Manifest) -> None:
