@@ -18,6 +18,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -146,8 +147,8 @@ def scales_of(manifest: Manifest, curvature: Curvature | None) -> list[NDArray[n
     """Each shard's part of the curvature's scales."""
     if curvature is None:
         return [None] * len(manifest.shards)
-    ends = np.cumsum([record["rows"] for record in manifest.shards])
-    return list(np.split(curvature.scales, ends[:-1]))
+    starts = np.cumsum([0, *(record["rows"] for record in manifest.shards)])
+    return [curvature.scales[start:end] for start, end in pairwise(starts)]
 
 
 def _load(file: Path, places: list[slice], checkpoints: int, rows: int) -> Curvature:
