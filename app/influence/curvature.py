@@ -229,8 +229,9 @@ def _widened(shard: Shard, columns: slice) -> Iterator[tuple[slice, torch.Tensor
     """A shard's unit vectors in float32, some rows at a time, of the columns of one checkpoint."""
     step = max(1, TOGETHER // (columns.stop - columns.start))
     for start in range(0, len(shard.ids), step):
-        at = slice(start, start + step)
-        yield at, torch.from_numpy(shard.units(at, columns).astype(np.float32))
+        at = slice(start, min(start + step, len(shard.ids)))
+        units, _ = shard.stored(range(at.start, at.stop))
+        yield at, torch.from_numpy(units[:, columns].astype(np.float32))
 
 
 def _invert(moments: torch.Tensor, rows: int, size: float) -> None:

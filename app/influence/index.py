@@ -146,12 +146,6 @@ class Shard(Rows):
     kept: NDArray[np.bool_]  # not deleted
     scales: NDArray[np.float32] | None = None  # [rows, checkpoints], where there is a curvature
 
-    def units(self, at: slice, columns: slice) -> NDArray[np.float16]:
-        """Some columns of a run of rows."""
-        firsts = range(0, len(self.codes) * LONGEST, LONGEST)
-        ends = [(max(columns.start - first, 0), max(columns.stop - first, 0)) for first in firsts]
-        return np.concatenate([part[at, a:b] for part, (a, b) in zip(self.codes, ends, strict=True)], axis=1)
-
     def scores(
         self, vectors: torch.Tensor, normalize: Normalize, width: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
