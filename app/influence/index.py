@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 WRITES = 5
 LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side in several files
 TIE = 1e-5  # relative: scores that differ by less are equal but for the order of their sums
+FETCHED = 64  # rows whose vectors are in memory at once
 FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
 
 
@@ -313,9 +314,9 @@ class Searchable(ABC):
         rows = sum(int(mask.sum()) for mask in allowed)
         limits = torch.full((len(vectors), max(map(len, ids), default=0)), -torch.inf)
         for number, mine in enumerate(ids):
-            if mine:
-                scores = self.vectors(mine)[0] @ vectors[number]
-                limits[number, : len(mine)] = scores - TIE * scores.abs()
+            for start in range(0, len(mine), FETCHED):
+                scores = self.vectors(mine[start : start + FETCHED])[0] @ vectors[number]
+                limits[number, start : start + len(scores)] = scores - TIE * scores.abs()
         counts = sum(self.lower(vectors, limits, allowed), np.zeros(limits.shape, np.int64))
         return [[100 * int(many) / rows for many in one[: len(mine)]] for one, mine in zip(counts, ids, strict=True)]
 

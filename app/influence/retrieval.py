@@ -42,7 +42,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Options:
-    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any)."""
+    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any).
+
+    `precondition`: by the rows' second moments (docs/scores.md); "trackstar" goes with `normalize` "unit" alone.
+    """
 
     top_k: int = 10
     tokens: Literal["none", "query", "train", "both"] = "query"
@@ -128,7 +131,8 @@ def influence(
         row_of: the text of a row by its id; asked only when training tokens are scored.
 
     Raises:
-        QueryError: an empty or over-long generation, or a span without a token. Mismatch: another model.
+        QueryError: an empty or over-long generation, a span without a token, or a precondition that the index has no
+            moments for. Mismatch: another model.
     """
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")

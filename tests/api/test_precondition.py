@@ -121,6 +121,15 @@ def test_moments_that_are_damaged_are_named_and_gathered_again(api: Api, tiny_mo
     must(api.post("/influence", json=ASK | {"precondition": "trackstar"}))
 
 
+def test_moments_that_are_lost_are_noticed_at_the_start(serve: Any, tiny_model_dir: Path, tmp_path: Path) -> None:
+    api = serve()
+    api.ready(tiny_model_dir)
+    (folder_of(api, tmp_path) / must(api.get("/indexes/idx"))["manifest"]["curvature"]["name"]).unlink()
+    api = serve()
+    index = must(api.get("/indexes/idx"))
+    assert index["state"] == "corrupt" and "curvature-" in index["damage"]
+
+
 def test_a_hit_says_when_it_is_here_by_its_norm(asked: Api) -> None:
     answer = must(asked.post("/influence", json=ASK | {"normalize": "none"}))
     hits = [*answer["proponents"], *answer["opponents"]]
