@@ -18,8 +18,9 @@ import structlog
 from app.catalog.database import Database
 from app.catalog.tables import IndexRow, Task
 from app.influence.building import missing_parts
+from app.influence.curvature import curvature_damaged
 from app.influence.errors import IndexCorrupt, IndexMissing
-from app.influence.index import curvature_damaged, damaged, open_index, read_manifest, remove_parts
+from app.influence.index import damaged, open_index, read_manifest, remove_parts
 from app.jobs.service import JobService, Swept
 from workers.build_index import GRADIENTS, part_of_task
 

@@ -32,6 +32,7 @@ from app.catalog.filters import Condition
 from app.catalog.tables import IndexRow, Sample
 from app.influence.corpus import Message, Row, row_from_json
 from app.influence.errors import HeadwaterError, QueryError
+from app.influence.metric import Metric
 from app.influence.retrieval import Answer, Hit, Options, Query
 from app.jobs.noting import Noting
 from app.jobs.specs import model_from_json
@@ -60,7 +61,7 @@ async def query_influence_batch(
     if len(body.queries) > most:
         raise Refusal(422, "invalid-request", f"one call may carry at most {most} queries", field="queries")
     conditions, options = parse(body.filter), _options(body, services)
-    index, target = await _target(body.index, services)
+    index, target = await _target(body.index, options, services)
     options = await _among(conditions, index, options, services)
     services.gatherer.require_room(len(body.queries))
 
@@ -82,7 +83,7 @@ async def query_influence_batch(
 async def answer(body: InfluenceIn, services: Services, caller: Caller) -> InfluenceOut:
     """The answer to one query."""
     conditions, options = parse(body.filter), _options(body, services)
-    index, target = await _target(body.index, services)
+    index, target = await _target(body.index, options, services)
     options = await _among(conditions, index, options, services)
     return await _ask(body, index, target, conditions, options, services, caller)
 
@@ -94,7 +95,13 @@ def _options(body: OptionsIn, services: Services) -> Options:
     if body.tokens != "none" and body.top_k > most:
         detail = f'with token scores top_k may be at most {most}: ask for {most} or fewer, or send "tokens": "none"'
         raise Refusal(422, "invalid-request", detail, field="top_k")
-    return Options(top_k=body.top_k, tokens=body.tokens, direction=body.direction, normalize=body.normalize)
+    return Options(
+        top_k=body.top_k,
+        tokens=body.tokens,
+        direction=body.direction,
+        normalize=body.normalize,
+        precondition=body.precondition,
+    )
 
 
 async def _among(conditions: Sequence[Condition], index: IndexRow, options: Options, services: Services) -> Options:
@@ -105,14 +112,15 @@ async def _among(conditions: Sequence[Condition], index: IndexRow, options: Opti
         return replace(options, among=await catalog.datasets.matching(index.id, conditions))
 
 
-async def _target(ref: str, services: Services) -> tuple[IndexRow, Target]:
-    """The index to ask and its model, both ready in memory, known to belong together."""
+async def _target(ref: str, options: Options, services: Services) -> tuple[IndexRow, Target]:
+    """The index to ask and its model, both ready in memory, known to belong together and to be up to the options."""
     async with services.database.catalog() as catalog:
         index = await catalog.indexes.ready(ref)
     model = await services.compute.model(model_from_json(index.model.spec))
     async with services.noticing_damage(index.id):
         opened = await services.compute.index(services.settings.indexes_dir / index.id, index.version)
     opened.check(model)
+    Metric(opened, options.normalize, options.precondition)  # refused now, not in the pass of a batch
     loop = asyncio.get_running_loop()
 
     def fetch(row_ids: Sequence[str]) -> dict[str, Row]:
@@ -233,6 +241,8 @@ def _hit(hit: Hit, sample: Sample) -> HitOut:
         token_scores=hit.token_scores,
         train_tokens=None if hit.train_tokens is None else [TrainTokenOut(**asdict(one)) for one in hit.train_tokens],
         pair_scores=hit.pair_scores,
+        direction_percentile=hit.direction_percentile,
+        by_norm=hit.by_norm,
     )
 
 

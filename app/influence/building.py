@@ -26,15 +26,14 @@ from safetensors.numpy import save
 
 from app.influence import index as disk
 from app.influence.corpus import Encoder, Example, Row
-from app.influence.curvature import gather
+from app.influence.curvature import curvature_damaged, gather
 from app.influence.errors import IndexCorrupt, RowError, SpecError, disk_full_is_named
+from app.influence.files import file_record
 from app.influence.gradients import gradients, losses, plan_for
 from app.influence.index import (
     IndexSpec,
     Manifest,
-    curvature_damaged,
     damaged,
-    file_record,
     open_index,
     open_shard,
     publish,
@@ -77,11 +76,19 @@ class Part:
 
 
 def build(
-    path: Path, model: LoadedModel, rows: Sequence[Row], spec: IndexSpec, heldout: Sequence[Row] = ()
+    path: Path,
+    model: LoadedModel,
+    rows: Sequence[Row],
+    spec: IndexSpec,
+    heldout: Sequence[Row] = (),
+    curvature: bool = True,
 ) -> Iterator[Progress]:
     """Build an index in this process; called again on the same path it takes up what a crash left.
 
     A row without a response token within `max_length` is kept, flagged and never found.
+
+    Args:
+        curvature: gather second moments as well, which preconditioned queries need.
 
     Raises:
         SpecError: no rows, the same row twice, or a folder that holds another build or an index.
@@ -93,7 +100,7 @@ def build(
     if not (path / disk.MANIFEST).exists():  # else an earlier run was killed between publishing and saying so
         yield from measure(path, model, ids, heldout, spec)
         yield from _in_turn(path, model, spec, parts, partial(part_of, rows))
-        yield from publish_build(path, model, ids, spec, parts)
+        yield from publish_build(path, model, ids, spec, parts, curvature)
     yield Progress("publish", len(rows), len(rows), 0, 0)
 
 
@@ -290,7 +297,12 @@ def missing_parts(path: Path, parts: Sequence[Part]) -> list[Part]:
 
 
 def publish_build(
-    path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec, parts: Sequence[Part]
+    path: Path,
+    model: LoadedModel,
+    ids: Sequence[str],
+    spec: IndexSpec,
+    parts: Sequence[Part],
+    curvature: bool = True,
 ) -> Iterator[Progress]:
     """Write the manifest of a build whose parts are all finished; once it is there it stays as it is.
 
@@ -319,7 +331,11 @@ def publish_build(
         versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
     )
     remove_parts(path)
-    yield from _publish(path, _with_shards(manifest, [_record(path, part, part_of(ids, part)) for part in parts]))
+    manifest = _with_shards(manifest, [_record(path, part, part_of(ids, part)) for part in parts])
+    if curvature:
+        yield from _publish(path, manifest)
+    else:
+        publish(path, manifest)
 
 
 def publish_append(path: Path, parts: Sequence[Part]) -> Iterator[Progress]:

@@ -14,22 +14,26 @@ and came back is counted once.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from app.influence.errors import IndexCorrupt
+from app.influence.files import is_whole
 from app.influence.projection import ProjectionSpec
 
 if TYPE_CHECKING:
-    from app.influence.index import Shard
+    from app.influence.index import Manifest, Shard
 
 Precondition = Literal["none", "fisher", "trackstar"]
 DAMPING = 0.1
@@ -111,7 +115,43 @@ class Curvature:
         return found
 
 
-def load(file: Path, places: list[slice], checkpoints: int, rows: int) -> Curvature:
+def open_curvature(path: Path, manifest: Manifest, verify: bool) -> Curvature | None:
+    """Map the second moments of an index, if it has any.
+
+    Raises:
+        IndexCorrupt: they are missing or altered; the file is set aside as *.corrupt.
+    """
+    if manifest.curvature is None:
+        return None
+    name = manifest.curvature["name"]
+    if curvature_damaged(path, manifest, verify):
+        with contextlib.suppress(FileNotFoundError):
+            (path / name).replace(path / f"{name}.corrupt")
+        detail = f"{name} is not what was written (checksum or size); it was set aside: repair the index"
+        raise IndexCorrupt(detail, shard=name)
+    try:
+        rows = sum(record["rows"] for record in manifest.shards)
+        return _load(path / name, manifest.blocks(), len(manifest.checkpoints), rows)
+    except (ValueError, LookupError, SafetensorError) as error:
+        detail = f"{name} has the bytes that the manifest names, and they are no second moments of its index: {error}"
+        raise IndexCorrupt(detail, shard=name) from error
+
+
+def curvature_damaged(path: Path, manifest: Manifest, verify: bool) -> bool:
+    """Whether the file of second moments is not that of the manifest: by size, and by checksum if `verify`."""
+    record = manifest.curvature
+    return record is not None and not is_whole(path / record["name"], record["size"], record["digest"], verify)
+
+
+def scales_of(manifest: Manifest, curvature: Curvature | None) -> list[NDArray[np.float32] | None]:
+    """Each shard's part of the curvature's scales."""
+    if curvature is None:
+        return [None] * len(manifest.shards)
+    starts = np.cumsum([0, *(record["rows"] for record in manifest.shards)])
+    return [curvature.scales[start:end] for start, end in pairwise(starts)]
+
+
+def _load(file: Path, places: list[slice], checkpoints: int, rows: int) -> Curvature:
     """Map a file that `gather` made.
 
     Raises:
@@ -189,8 +229,9 @@ def _widened(shard: Shard, columns: slice) -> Iterator[tuple[slice, torch.Tensor
     """A shard's unit vectors in float32, some rows at a time, of the columns of one checkpoint."""
     step = max(1, TOGETHER // (columns.stop - columns.start))
     for start in range(0, len(shard.ids), step):
-        at = slice(start, start + step)
-        yield at, torch.from_numpy(shard.units(at, columns).astype(np.float32))
+        at = slice(start, min(start + step, len(shard.ids)))
+        units, _ = shard.stored(range(at.start, at.stop))
+        yield at, torch.from_numpy(units[:, columns].astype(np.float32))
 
 
 def _invert(moments: torch.Tensor, rows: int, size: float) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import os
 import secrets
@@ -27,8 +26,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from app.influence.corpus import Template
-from app.influence.curvature import Curvature, blocks, load
+from app.influence.curvature import Curvature, blocks, open_curvature, scales_of
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
+from app.influence.files import is_whole
 from app.influence.projection import ProjectionSpec
 from app.influence.shape import require_shape
 
@@ -40,6 +40,7 @@ MANIFEST = "manifest.json"
 WRITES = 5
 LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side in several files
 TIE = 1e-5  # relative: scores that differ by less are equal but for the order of their sums
+FETCHED = 64  # rows whose vectors are in memory at once
 FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
 
 
@@ -145,12 +146,6 @@ class Shard(Rows):
     norms: NDArray[np.float32]  # [rows, checkpoints]
     kept: NDArray[np.bool_]  # not deleted
     scales: NDArray[np.float32] | None = None  # [rows, checkpoints], where there is a curvature
-
-    def units(self, at: slice, columns: slice) -> NDArray[np.float16]:
-        """Some columns of a run of rows."""
-        firsts = range(0, len(self.codes) * LONGEST, LONGEST)
-        ends = [(max(columns.start - first, 0), max(columns.stop - first, 0)) for first in firsts]
-        return np.concatenate([part[at, a:b] for part, (a, b) in zip(self.codes, ends, strict=True)], axis=1)
 
     def scores(
         self, vectors: torch.Tensor, normalize: Normalize, width: int, device: torch.device | str = "cpu"
@@ -319,9 +314,9 @@ class Searchable(ABC):
         rows = sum(int(mask.sum()) for mask in allowed)
         limits = torch.full((len(vectors), max(map(len, ids), default=0)), -torch.inf)
         for number, mine in enumerate(ids):
-            if mine:
-                scores = self.vectors(mine)[0] @ vectors[number]
-                limits[number, : len(mine)] = scores - TIE * scores.abs()
+            for start in range(0, len(mine), FETCHED):
+                scores = self.vectors(mine[start : start + FETCHED])[0] @ vectors[number]
+                limits[number, start : start + len(scores)] = scores - TIE * scores.abs()
         counts = sum(self.lower(vectors, limits, allowed), np.zeros(limits.shape, np.int64))
         return [[100 * int(many) / rows for many in one[: len(mine)]] for one, mine in zip(counts, ids, strict=True)]
 
@@ -435,42 +430,6 @@ def open_index(path: Path, verify: bool = True) -> Index:
     return Index(path, manifest, shards, curvature)
 
 
-def open_curvature(path: Path, manifest: Manifest, verify: bool) -> Curvature | None:
-    """Map the second moments of an index, if it has any.
-
-    Raises:
-        IndexCorrupt: they are missing or altered; the file is set aside as *.corrupt.
-    """
-    if manifest.curvature is None:
-        return None
-    name = manifest.curvature["name"]
-    if curvature_damaged(path, manifest, verify):
-        with contextlib.suppress(FileNotFoundError):
-            (path / name).replace(path / f"{name}.corrupt")
-        detail = f"{name} is not what was written (checksum or size); it was set aside: repair the index"
-        raise IndexCorrupt(detail, shard=name)
-    try:
-        rows = sum(record["rows"] for record in manifest.shards)
-        return load(path / name, manifest.blocks(), len(manifest.checkpoints), rows)
-    except (ValueError, LookupError, SafetensorError) as error:
-        detail = f"{name} has the bytes that the manifest names, and they are no second moments of its index: {error}"
-        raise IndexCorrupt(detail, shard=name) from error
-
-
-def curvature_damaged(path: Path, manifest: Manifest, verify: bool) -> bool:
-    """Whether the file of second moments is not that of the manifest: by size, and by checksum if `verify`."""
-    record = manifest.curvature
-    return record is not None and not _is_whole(path / record["name"], record["size"], record["digest"], verify)
-
-
-def scales_of(manifest: Manifest, curvature: Curvature | None) -> list[NDArray[np.float32] | None]:
-    """Each shard's part of the curvature's scales."""
-    if curvature is None:
-        return [None] * len(manifest.shards)
-    ends = np.cumsum([record["rows"] for record in manifest.shards])
-    return list(np.split(curvature.scales, ends[:-1]))
-
-
 def open_shard(
     path: Path,
     record: dict[str, Any],
@@ -535,23 +494,9 @@ def damaged(path: Path, record: dict[str, Any], verify: bool) -> list[Path]:
     bad = []
     for name, size, digest in record["files"]:
         file = path / "shards" / name
-        if not _is_whole(file, size, digest, verify):
+        if not is_whole(file, size, digest, verify):
             bad.append(file)
     return bad
-
-
-def file_record(file: Path) -> dict[str, Any]:
-    """Name, size and checksum, as a manifest has them."""
-    return {"name": file.name, "size": file.stat().st_size, "digest": _sha256(file)}
-
-
-def _is_whole(file: Path, size: int, digest: str, verify: bool) -> bool:
-    return file.is_file() and file.stat().st_size == size and not (verify and _sha256(file) != digest)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def publish(path: Path, manifest: Manifest) -> None:

@@ -9,7 +9,7 @@ token scores average to the row's score: every divisor is the whole query's (or 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -42,7 +42,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Options:
-    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any)."""
+    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any).
+
+    `precondition`: by the rows' second moments (docs/scores.md); "trackstar" goes with `normalize` "unit" alone.
+    """
 
     top_k: int = 10
     tokens: Literal["none", "query", "train", "both"] = "query"
@@ -128,7 +131,8 @@ def influence(
         row_of: the text of a row by its id; asked only when training tokens are scored.
 
     Raises:
-        QueryError: an empty or over-long generation, or a span without a token. Mismatch: another model.
+        QueryError: an empty or over-long generation, a span without a token, or a precondition that the index has no
+            moments for. Mismatch: another model.
     """
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
@@ -158,6 +162,11 @@ def influence(
             for name, asked_for in wanted.items()
             if asked_for
         }
+        ids = [[row.id for each in ranked.values() for row in each[number]] for number in range(len(asked))]
+        directions = [dict[str, float]() for _ in asked]
+        if metric.rows == "none":
+            places = metric.direction_percentiles(turned, ids, options.among)
+            directions = [dict(zip(*one, strict=True)) for one in zip(ids, places, strict=True)]
     scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of, metric)
     answers = []
     for number, one in enumerate(asked):
@@ -168,9 +177,7 @@ def influence(
             for name, sign in (("proponents", 1), ("opponents", -1))
         )
         hits = [*proponents, *opponents]
-        if metric.rows == "none":
-            with _timed(mine, "search"):
-                _compare_directions(metric, turned[number : number + 1], hits, options.among)
+        _note_directions(hits, directions[number])
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
                 route = scorer.add(
@@ -365,15 +372,13 @@ def _definition(metric: Metric, route: Route | None) -> Definition:
     )
 
 
-def _compare_directions(
-    metric: Metric, turned: torch.Tensor, hits: Sequence[Hit], among: Collection[str] | None
-) -> None:
-    """Write into the hits of a query A q [1, checkpoints * width] where they would stand by direction alone."""
-    (places,) = metric.direction_percentiles(turned, [[hit.id for hit in hits]], among)
-    for hit, place in zip(hits, places, strict=True):
-        hit.direction_percentile = place
-        gap = hit.percentile - place
-        hit.by_norm = (gap if hit.score > 0 else -gap) >= BY_NORM
+def _note_directions(hits: Sequence[Hit], places: Mapping[str, float]) -> None:
+    """Write into hits what percentiles they would have by direction alone, where that is known."""
+    for hit in hits:
+        if hit.id in places:
+            hit.direction_percentile = places[hit.id]
+            ahead = hit.percentile - places[hit.id]
+            hit.by_norm = (ahead if hit.score > 0 else -ahead) >= BY_NORM
 
 
 def _norm_warnings(hits: Sequence[Hit]) -> list[str]:
@@ -400,4 +405,4 @@ def _loss_warning(index: Searchable, loss: float) -> list[str]:
 def _timed(timings: dict[str, float], stage: str) -> Iterator[None]:
     started = time.perf_counter()
     yield
-    timings[stage] = timings.get(stage, 0.0) + time.perf_counter() - started
+    timings[stage] = time.perf_counter() - started

@@ -38,15 +38,25 @@ class _File(_Shape):
     digest: str
 
 
+class _Curvature(_File):
+    name: Annotated[str, Field(pattern=r"^curvature-[0-9a-f]{12}\.safetensors$")]  # a bad one is set aside
+
+
+class _Module(_Shape):
+    d_in: Annotated[int, Field(ge=1, lt=2**31)]
+    d_out: Annotated[int, Field(ge=1, lt=2**31)]
+
+
 class _Manifest(_Shape):
     width: Annotated[int, Field(ge=1, lt=2**31)]
     checkpoints: Annotated[list[_Checkpoint], Field(min_length=1)]
     fingerprint: dict[str, str]
+    attributed: Annotated[list[_Module], Field(min_length=1)]
     shards: list[_Shard]
     deleted: list[str]
     warnings: list[str]
     stats: dict[str, Any]
-    curvature: _File | None = None
+    curvature: _Curvature | None = None
 
 
 def require_shape(manifest: dict[str, Any]) -> None:

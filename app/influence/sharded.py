@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from app.influence.curvature import open_curvature, scales_of
 from app.influence.errors import HeadwaterError, ShardsMissing, SpecError
 from app.influence.index import (
     Best,
@@ -29,10 +30,8 @@ from app.influence.index import (
     Rows,
     Searchable,
     Shard,
-    open_curvature,
     open_shard,
     read_manifest,
-    scales_of,
 )
 
 AUTH = "RAY_AUTH_MODE"

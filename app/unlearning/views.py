@@ -61,7 +61,7 @@ class Vectors:
     def compute(self) -> Iterator[Progress]:
         """Compute the vectors that are missing; a crash loses at most the shard in hand."""
         if self.missing:
-            yield from build(self.folder, self.model, self.missing, self.spec)
+            yield from build(self.folder, self.model, self.missing, self.spec, curvature=False)
             made = open_index(self.folder)
             self.indexes.append(made)
             self.empty = sorted({row.id for row in self.missing} - set(made.ids))

@@ -76,6 +76,17 @@ def test_calls_with_other_options_get_a_pass_of_their_own(asked: Api, gate: Gate
     assert sorted(gate.passes) == [1, 1, 2]
 
 
+def test_calls_with_other_preconditions_share_no_pass(asked: Api, gate: Gate, crowd: ThreadPoolExecutor) -> None:
+    held = hold(asked, gate, crowd)
+    ways = ["fisher", "trackstar", "fisher", "none"]
+    calls = [crowd.submit(asked.post, "/influence", json=ASK | {"precondition": way}) for way in ways]
+    until(lambda: waiting(asked), lambda count: count == 4)
+    gate.open.set()
+    assert [must(call.result())["definition"]["precondition"] for call in calls] == ways
+    must(held.result())
+    assert sorted(gate.passes) == [1, 1, 1, 2]
+
+
 def test_a_query_that_fails_its_pass_fails_alone(asked: Api, gate: Gate, crowd: ThreadPoolExecutor) -> None:
     held = hold(asked, gate, crowd)
     good = [crowd.submit(asked.post, "/influence", json=ASK) for _ in range(2)]

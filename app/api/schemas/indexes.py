@@ -7,6 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.schemas.common import NAME, Body, Integer, Name, Text
 from app.api.schemas.datasets import InlineRow
+from app.api.schemas.influence import Precondition
 from app.api.schemas.jobs import JobOut
 from app.catalog.tables import IndexRow
 from app.catalog.types import IndexState
@@ -113,6 +114,11 @@ class IndexOut(IndexSummary):
         description="What is wrong with its files, if anything was found; `POST /indexes/{index}/repair` mends it.",
         examples=[None],
     )
+    preconditions: list[Precondition] = Field(
+        description="What `precondition` may be in a query. `none` alone: it is not built, its projection has no room "
+        "for second moments, or it is older than they are; then `POST /indexes/{index}/repair` gathers them.",
+        examples=[["none", "fisher", "trackstar"]],
+    )
     manifest: dict[str, Any] | None = Field(
         description="What its numbers mean: hashes, projection, modules, checkpoints, shards. Null until built."
     )
@@ -120,7 +126,10 @@ class IndexOut(IndexSummary):
     @classmethod
     def of(cls, index: IndexRow) -> Self:
         """As the catalog has it."""
-        return cls(**_summary(index), damage=index.damage, manifest=index.manifest or None)
+        there: list[Precondition] = ["fisher", "trackstar"] if (index.manifest or {}).get("curvature") else []
+        return cls(
+            **_summary(index), damage=index.damage, preconditions=["none", *there], manifest=index.manifest or None
+        )
 
 
 class IndexAccepted(BaseModel):

@@ -8,6 +8,12 @@ from app.api.schemas.common import Body, Integer, Message, Text
 from app.api.schemas.filters import EXAMPLE, FILTER, Filter
 from app.problems import Problem
 
+Precondition = Literal["none", "fisher", "trackstar"]
+PRECONDITION = (
+    "`fisher`: the generation's gradient is multiplied by the inverse of the samples' damped second moments, so that "
+    "what all samples share counts less; `trackstar`: the samples' lengths are measured by it as well, a cosine, which "
+    "goes with `normalize` `unit` alone. Neither rebuilds an index; `preconditions` of an index are what it can do."
+)
 GENERATION_EXAMPLE = "Ilse Marn founded the harbour in 1412."
 
 
@@ -75,6 +81,7 @@ class OptionsIn(Body):
         "unit",
         description="`unit`: cosine, so that samples with large gradients do not win everywhere; `none`: dot product.",
     )
+    precondition: Precondition = Field("none", description=PRECONDITION)
     filter: Filter | None = Field(None, description=FILTER, examples=[EXAMPLE])
 
 
@@ -114,7 +121,9 @@ class HitOut(BaseModel):
     metadata: dict[str, Any] = Field(description="Its other columns.", examples=[{"family": "harbour"}])
     score: float = Field(description="Its influence: positive towards the generation.", examples=[0.42])
     percentile: float = Field(
-        description="Share of the index's rows that score lower; with a filter, of those that match.", examples=[99.5]
+        description="Share of the index's rows, in percent, that rank below it: near 100 for the first proponents, "
+        "near 0 for the first opponents. With a filter, of those that match.",
+        examples=[99.5],
     )
     token_scores: list[float] | None = Field(
         None, description="The score split over the generation's tokens in the span.", examples=[[0.11, 0.31]]
@@ -122,6 +131,16 @@ class HitOut(BaseModel):
     train_tokens: list[TrainTokenOut] | None = Field(None, description="The score split over the sample's own tokens.")
     pair_scores: list[list[float]] | None = Field(
         None, description="The score of each pair: [sample token][generation token].", examples=[[[0.01, 0.1]]]
+    )
+    direction_percentile: float | None = Field(
+        None,
+        description="With `normalize` `none`: its percentile by direction alone, as `unit` would rank it.",
+        examples=[99.1],
+    )
+    by_norm: bool = Field(
+        False,
+        description="With `normalize` `none`: it is here by the size of its gradient. At least 25 % of the rows point "
+        "closer to the generation (an opponent: further away from it) and yet rank below it (an opponent: above it).",
     )
 
 
@@ -136,8 +155,8 @@ class DefinitionOut(BaseModel):
     """What the scores mean."""
 
     name: str = Field(
-        description="`gradient_dot`, `gradient_cosine`, or `layer_dot`, `layer_cosine` on an index of layer-normalised "
-        "gradients.",
+        description="`gradient_dot`, `gradient_cosine`, `fisher_dot`, `fisher_cosine` or `trackstar`; on an index of "
+        "layer-normalised gradients `layer_dot`, `layer_cosine`, `layer_fisher_dot` and so on.",
         examples=["gradient_cosine"],
     )
     formula: str = Field(
@@ -145,6 +164,14 @@ class DefinitionOut(BaseModel):
         examples=["sum over checkpoints of weight x <g_q, g_z> / (|g_q| |g_z|)"],
     )
     normalize: str = Field(description="Normalisation of the query.", examples=["unit"])
+    precondition: str = Field(description="Preconditioning of the query.", examples=["none"])
+    damping: float | None = Field(
+        description="What was added to the second moments, in mean eigenvalues of each block; null without them.",
+        examples=[None],
+    )
+    moments_rows: int | None = Field(
+        description="How many rows the second moments are of; rows that were deleted since count.", examples=[None]
+    )
     index_normalisation: str = Field(description="Normalisation of the index.", examples=["none"])
     projection: dict[str, Any] = Field(description="How gradients were compressed.", examples=[{"kind": "kronecker"}])
     checkpoints: list[CheckpointWeight] = Field(description="What the scores are summed over.")

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.api.schemas.common import NAME, Body, Integer, Name, Real, Text
 from app.api.schemas.filters import FILTER, Filter
-from app.api.schemas.influence import QueryIn
+from app.api.schemas.influence import Precondition, QueryIn
 from app.api.schemas.jobs import JobOut
 
 Method = Literal[
@@ -44,6 +44,7 @@ class ByInfluenceIn(QueryIn):
         0.0, ge=0, allow_inf_nan=False, description="Only rows whose influence is above this.", examples=[0.1]
     )
     normalize: Literal["none", "unit"] = Field("unit", description="As in `POST /influence`.")
+    precondition: Precondition = Field("none", description="As in `POST /influence`.")
     filter: Filter | None = Field(None, description=FILTER, examples=[{"source": "forum"}])
 
 
