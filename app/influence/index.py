@@ -182,13 +182,13 @@ class Shard(Rows):
             for left, right in itertools.pairwise(cuts):
                 part = codes[rows, left:right].to(scores.device)
                 block = buffer[: part.numel()].view(part.shape).copy_(part)
-                if self.steps is not None:
-                    block -= ZERO
                 if factors is None:
                     scores[rows].addmm_(block, query[left:right])
-                else:
-                    checkpoint = (first + left) // width
-                    scores[rows] += (block @ query[left:right]) * factors[rows, checkpoint, None]
+                    continue
+                products = block @ query[left:right]
+                if self.steps is not None:
+                    products -= ZERO * query[left:right].sum(0)
+                scores[rows] += products * factors[rows, (first + left) // width, None]
 
     def best(
         self,
