@@ -76,6 +76,8 @@ bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
 	$(BIN)/python benchmarks/unlearn.py --json benchmarks/out/unlearn.json
+	$(BIN)/python benchmarks/search.py --json benchmarks/out/search.json
+	$(BIN)/python benchmarks/scale.py --json benchmarks/out/scale.json
 
 load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
 	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)

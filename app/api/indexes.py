@@ -46,7 +46,7 @@ async def create_index(body: IndexIn, services: Use, response: Response) -> Inde
     if body.max_length > services.settings.max_length:
         detail = f"max_length may be at most {services.settings.max_length}"
         raise Refusal(422, "invalid-request", detail, field="max_length")
-    spec = index_from_json(body.model_dump(include={"projection", "normalisation", "template", "max_length"}))
+    spec = index_from_json(body.model_dump(include={"projection", "normalisation", "codes", "template", "max_length"}))
     async with services.work() as work:
         sources = await work.catalog.indexes.sources(body.name, body.model, body.dataset, body.heldout)
         model, dataset, heldout = sources

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import faiss
 import numpy as np
@@ -282,7 +282,7 @@ def compute_shard(
             steps += len(batch)
             tokens += sum(len(whole[i].ids) for i in batch)
             yield Progress("gradients", steps // many, len(rows), tokens, total)
-    _save(path, name, rows, vectors, norms, loss, whole, unfit)
+    _save(path, name, rows, vectors, norms, loss, whole, unfit, spec.codes)
     yield Progress("gradients", len(rows), len(rows), tokens, total)
 
 
@@ -421,20 +421,26 @@ def _save(
     loss: torch.Tensor,
     examples: Sequence[Example],
     unfit: Sequence[RowError],
+    codes: Literal["fp16", "int8"],
 ) -> None:
     # FAISS never returns rows that are not finite and says nothing: flag them, and store zeros.
     finite = torch.isfinite(vectors).all(1) & torch.isfinite(norms).all(1) & (norms > 0).all(1)
     vectors[~finite] = 0
     norms[~finite] = 0
+    side = {"norms": norms.numpy(), "loss": loss.numpy(), "finite": finite.numpy().astype(np.uint8)}
+    if codes == "int8":
+        parts = vectors.unflatten(1, (norms.shape[1], -1))  # [rows, checkpoints, width]
+        steps = parts.abs().amax(2).clamp_min(torch.finfo(parts.dtype).tiny) / 127
+        vectors = (parts / steps[:, :, None]).round_().flatten(1)
+        side["steps"] = steps.numpy()
     files: dict[str, bytes] = {}
     for part, columns in enumerate(vectors.split(disk.LONGEST, 1)):
-        flat = faiss.IndexScalarQuantizer(columns.shape[1], faiss.ScalarQuantizer.QT_fp16, faiss.METRIC_INNER_PRODUCT)
+        flat = faiss.IndexScalarQuantizer(columns.shape[1], disk.QUANTISERS[codes], faiss.METRIC_INNER_PRODUCT)
         index = faiss.IndexIDMap2(flat)
         numbers = np.array([row.number for row in rows], dtype=np.int64)
         index.add_with_ids(np.ascontiguousarray(columns.numpy()), numbers)
         files[f"{name}.faiss" if part == 0 else f"{name}.{part:02d}.faiss"] = faiss.serialize_index(index).tobytes()
     size = sum(map(len, files.values()))
-    side = {"norms": norms.numpy(), "loss": loss.numpy(), "finite": finite.numpy().astype(np.uint8)}
     files[f"{name}.safetensors"] = save(side)
     ids = [row.id for row in rows]
     with disk_full_is_named(f"shard {name}"):

@@ -2,7 +2,7 @@
 
 For a linear module with inputs a_s and output gradients d_s the gradient of a sample is G = sum_s d_s a_s^T
 (METHODS section 2). The forward hook keeps what the sketch needs of a_s, a hook on the output's gradient meets d_s, and
-the sketch sums over positions. All weights are frozen; only the embedding's output requires a gradient.
+the sketch sums over positions. All weights are frozen; gradients begin at the outputs of the first attributed modules.
 
 `token_scores` turns the question round: the inner product of every token's gradient with one direction is the
 derivative of that token's loss along the direction, so two forward passes with each module nudged by +-eps answer for
@@ -78,7 +78,9 @@ def gradients(model: LoadedModel, checkpoint: Checkpoint, plan: Plan, examples: 
         capture = _Capture(model, plan, len(examples), None)
         with torch.enable_grad(), hooked(model, modules, capture.hook):
             losses = target_losses(model, examples)
-            torch.stack([loss.mean() for loss in losses]).sum().backward()  # a sum: never the mean over a batch
+            # The gradient of the sum of each row's mean (never the mean over a batch), in two nodes whatever the batch.
+            shares = torch.cat([torch.full_like(loss, 1 / len(loss)) for loss in losses])
+            torch.cat(losses).backward(shares)
     return Gradients(capture.vectors, [loss.detach() for loss in losses], capture.divisors)
 
 
@@ -189,8 +191,6 @@ class _Capture:
 
     def hook(self, name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
         """Called after a module's forward pass."""
-        if not output.requires_grad:
-            return
         made, at = self.plan.sketches[name], self.at[name]
         kept = made.keep(acts.detach().to(self.vectors.dtype))
 
@@ -212,29 +212,34 @@ Hook = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor | None]
 
 @contextmanager
 def hooked(model: LoadedModel, modules: dict[str, nn.Module], call: Hook) -> Iterator[None]:
-    """Call a hook with (name, input [batch, seq, d_in], output) after each module, and let gradients begin after the
-    embedding. An output that the hook returns takes the place of the module's; some models flatten batch and sequence.
+    """Call a hook with (name, input [batch, seq, d_in], output) after each module, and let gradients begin at those
+    before which there is none: what lies below the first modules needs no backward pass. An output that the hook
+    returns takes the place of the module's; some models flatten batch and sequence.
     """
     shape = (0, 0)
 
-    def begin(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+    def see(module: nn.Module, args: Any, output: torch.Tensor) -> None:
         nonlocal shape
         shape = (output.shape[0], output.shape[1])
-        return output.detach().requires_grad_(True) if torch.is_grad_enabled() else None
 
     def forward(name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not whole_sequence(args[0], shape):
                 return None
             acts = args[0].reshape(*shape, -1).to(output.device)  # accelerate moves an input behind the hook's back
-            # A gradient is met at the output itself; a nudge is added to the output as a sequence.
-            changed = call(name, acts, output if output.requires_grad else output.view(*shape, -1))
+            if torch.is_grad_enabled():  # a gradient is met at the output itself
+                begins = not output.requires_grad
+                if begins:
+                    output = output.detach().requires_grad_(True).clone()  # no leaf: a model may change it in place
+                call(name, acts, output)
+                return output if begins else None
+            changed = call(name, acts, output.view(*shape, -1))  # a nudge is added to the output as a sequence
             return None if changed is None else changed.view(output.shape)
 
         return hook
 
     handles = [module.register_forward_hook(forward(name)) for name, module in modules.items()]
-    handles.append(model.model.get_input_embeddings().register_forward_hook(begin))
+    handles.append(model.model.get_input_embeddings().register_forward_hook(see))
     try:
         yield
     finally:
@@ -252,34 +257,33 @@ def target_losses(model: LoadedModel, examples: Sequence[Example]) -> list[torch
 def target_logits(model: LoadedModel, examples: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
     """What the model expects at each target, and what stands there; the examples' targets one after the other.
 
-    The output embedding runs on the targets' positions alone.
+    The model runs up to the position before each example's last target, and the output embedding on the targets'
+    positions alone. What is padded lies to the right, where a causal model does not look: it needs no mask.
 
     Returns:
         [targets, vocabulary], at least float32, and [targets].
     """
-    length = max(len(example.ids) for example in examples)
+    lengths = [example.positions[-1] for example in examples]  # logits at i - 1 predict token i
     device = model.device
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
-    mask = torch.zeros(len(examples), length, dtype=torch.long)
-    for number, example in enumerate(examples):
-        ids[number, : len(example.ids)] = torch.tensor(example.ids)
-        mask[number, : len(example.ids)] = 1
+    ids = torch.zeros(len(examples), max(lengths), dtype=torch.long)
+    for number, (example, length) in enumerate(zip(examples, lengths, strict=True)):
+        ids[number, :length] = torch.tensor(example.ids[:length])
     places = [(number, position) for number, example in enumerate(examples) for position in example.positions]
     rows = torch.tensor([p[0] for p in places]).to(device)
     columns = torch.tensor([p[1] for p in places]).to(device)
-    ids, mask = ids.to(device), mask.to(device)
+    tokens = torch.tensor([examples[number].ids[position] for number, position in places]).to(device)
 
     def at_targets(module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         hidden = args[0]  # [batch, seq, d], on the last layer's device
-        at = rows.to(hidden.device), columns.to(hidden.device) - 1  # logits at i - 1 predict token i
+        at = rows.to(hidden.device), columns.to(hidden.device) - 1
         return (hidden[at].unsqueeze(0),)
 
     handle = model.model.get_output_embeddings().register_forward_pre_hook(at_targets)
     try:
-        output = model.model(input_ids=ids, attention_mask=mask if len(examples) > 1 else None, use_cache=False)
+        output = model.model(input_ids=ids.to(device), use_cache=False)
     finally:
         handle.remove()
     logits = output.logits[0].to(device)
     if logits.dtype != torch.float64:
         logits = logits.float()
-    return logits, ids[rows, columns]
+    return logits, tokens

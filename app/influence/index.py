@@ -1,4 +1,4 @@
-"""The index on disk and in use: immutable FAISS shards of fp16 unit rows, a sidecar of norms beside each, one manifest.
+"""The index on disk and in use: immutable FAISS shards of unit rows, a sidecar of norms beside each, one manifest.
 
 Rows are ranked by what is stored: one unit vector for each checkpoint, side by side, with float32 norms in the sidecar
 (METHODS, "FAISS ranks what is stored"). Shards are never changed: `building.py` adds new ones, `delete` writes
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import secrets
@@ -42,6 +43,9 @@ LONGEST = 2**20  # FAISS reads no longer vectors; longer ones lie side by side i
 TIE = 1e-5  # relative: scores that differ by less are equal but for the order of their sums
 FETCHED = 64  # rows whose vectors are in memory at once
 FEW = 4  # from so many query vectors on, widening blocks and multiplying beats FAISS's quantiser (docs/decisions.md)
+DEEP, WIDE = 128, 4096  # rows and columns of a widened block: 2 MB of float32, which a core's cache holds
+QUANTISERS = {"fp16": faiss.ScalarQuantizer.QT_fp16, "int8": faiss.ScalarQuantizer.QT_8bit_direct_signed}
+ZERO = 128  # the code of an int8 index that stands for 0
 
 
 @dataclass(frozen=True)
@@ -50,16 +54,24 @@ class IndexSpec:
 
     Attributes:
         normalisation: "layer" divides each module's gradient by its own norm first (RapidIn); "none" does not.
+        codes: "fp16" keeps unit vectors exact to half precision; "int8" takes half the room and loses a little order:
+            whole numbers from -127 to 127, and for each row and checkpoint what one of them stands for.
         token_budget: padded tokens a batch.
         shard_rows: rows a shard, the most that a crash can lose.
     """
 
     projection: ProjectionSpec = field(default_factory=ProjectionSpec)
     normalisation: Literal["none", "layer"] = "layer"
+    codes: Literal["fp16", "int8"] = "fp16"
     template: Template = "auto"
     max_length: int = 1024
     token_budget: int = 1024
     shard_rows: int = 256
+
+    def __post_init__(self) -> None:
+        """Refuse codes that there are not, before anything is computed."""
+        if self.codes not in QUANTISERS:
+            raise SpecError(f"there are no codes '{self.codes}'; use {', '.join(QUANTISERS)}", field="codes")
 
 
 @dataclass(frozen=True)
@@ -139,10 +151,11 @@ class Rows:
 
 @dataclass(frozen=True)
 class Shard(Rows):
-    """One mapped shard. `codes` are views of the files: fp16 unit vectors, checkpoint beside checkpoint."""
+    """One mapped shard. `codes` are views of the files: unit vectors, checkpoint beside checkpoint."""
 
     parts: list[Any]  # FAISS indexes of the columns 0 to LONGEST, LONGEST to 2 LONGEST, ...
-    codes: list[NDArray[np.float16]]  # the same columns: [rows, columns]
+    codes: list[NDArray[np.float16]] | list[NDArray[np.uint8]]  # the same columns: [rows, columns]
+    steps: NDArray[np.float32] | None  # [rows, checkpoints], what a step of an int8 code stands for; None: fp16
     norms: NDArray[np.float32]  # [rows, checkpoints]
     kept: NDArray[np.bool_]  # not deleted
     scales: NDArray[np.float32] | None = None  # [rows, checkpoints], where there is a curvature
@@ -151,37 +164,48 @@ class Shard(Rows):
         self, vectors: torch.Tensor, normalize: Normalize, width: int, device: torch.device | str = "cpu"
     ) -> torch.Tensor:
         """Exact scores [queries, rows] of every row; `vectors` as in `Index.scores`, `width` of one checkpoint."""
-        scores = torch.zeros(len(vectors), len(self.ids), device=device)
+        scores = torch.zeros(len(self.ids), len(vectors), device=device)
+        factors = {"none": self.norms, "unit": None, "scaled": self.scales}[normalize]
+        if self.steps is not None:
+            factors = self.steps if factors is None else self.steps * factors
+        each = None if factors is None else torch.from_numpy(factors).to(device)
         for part, codes in enumerate(self.codes):
-            self._scan(torch.from_numpy(codes), part * LONGEST, vectors.to(device), normalize, width, scores)
-        return scores.cpu()
+            self._scan(torch.from_numpy(codes), part * LONGEST, vectors.to(device), each, width, scores)
+        return scores.T.cpu()
 
     def _scan(
         self,
         codes: torch.Tensor,
         first: int,
         vectors: torch.Tensor,
-        normalize: Normalize,
+        factors: torch.Tensor | None,
         width: int,
         scores: torch.Tensor,
     ) -> None:
-        """Add the part of the scores that columns from `first` on give, block by block in one re-used buffer."""
+        """Add what columns from `first` on give to the scores [rows, queries], block by block in one re-used buffer.
+
+        A block stays in the cache between being widened and being multiplied, and lies within one checkpoint.
+
+        Args:
+            factors: [rows, checkpoints], what products are multiplied by.
+        """
         columns = codes.shape[1]
-        factors = self.scales if normalize == "scaled" and self.scales is not None else self.norms
-        block = torch.empty(max(1, min(len(codes), 2**21 // columns)), columns, device=scores.device)
-        of = torch.arange(first, first + columns) // width  # each column's checkpoint
+        wide = WIDE if scores.device.type == "cpu" else columns  # a GPU wants few large blocks
+        cuts = sorted({*range(0, columns, wide), *range(-first % width, columns, width), columns})
         query = vectors[:, first : first + columns].T.contiguous()
-        for start in range(0, len(codes), len(block)):
-            part = block[: len(codes) - start]
-            part.copy_(codes[start : start + len(part)])
-            norms = torch.from_numpy(factors[start : start + len(part)]).to(scores.device)
-            place = slice(start, start + len(part))
-            if normalize == "unit":
-                scores[:, place] += (part @ query).T
-            else:
-                for checkpoint in range(int(of[0]), int(of[-1]) + 1):
-                    mine = of == checkpoint
-                    scores[:, place] += ((part[:, mine] @ query[mine]) * norms[:, [checkpoint]]).T
+        buffer = torch.empty(min(DEEP, len(codes)) * wide, device=scores.device)
+        for start in range(0, len(codes), DEEP):
+            rows = slice(start, min(start + DEEP, len(codes)))
+            for left, right in itertools.pairwise(cuts):
+                part = codes[rows, left:right].to(scores.device)
+                block = buffer[: part.numel()].view(part.shape).copy_(part)
+                if factors is None:
+                    scores[rows].addmm_(block, query[left:right])
+                    continue
+                products = block @ query[left:right]
+                if self.steps is not None:
+                    products -= ZERO * query[left:right].sum(0)
+                scores[rows] += products * factors[rows, (first + left) // width, None]
 
     def best(
         self,
@@ -195,13 +219,14 @@ class Shard(Rows):
     ) -> Best:
         """The k best rows (or all, if they are fewer) that are allowed.
 
-        Few queries by cosine are FAISS's, which ranks the stored unit vectors; the rest is the exact block scan.
+        Few queries by cosine are FAISS's, which ranks stored fp16 vectors; the rest is the exact block scan.
         """
         places = np.flatnonzero(allowed)
         k = min(k, len(places))
         if k == 0:
             return np.empty((len(vectors), 0), np.float32), np.empty((len(vectors), 0), np.int64)
-        if normalize == "unit" and len(vectors) < FEW and len(self.parts) == 1 and str(device) == "cpu":
+        simple = normalize == "unit" and self.steps is None and len(self.parts) == 1 and str(device) == "cpu"
+        if simple and len(vectors) < FEW:
             return self._search(vectors if largest else -vectors, k, places)
         scores = self.scores(vectors, normalize, width, device)[:, torch.from_numpy(places)]
         found, at = (scores if largest else -scores).topk(k)
@@ -231,7 +256,11 @@ class Shard(Rows):
     def stored(self, places: Sequence[int]) -> tuple[NDArray[np.float16], NDArray[np.float32]]:
         """Unit vectors [n, checkpoints * width] and norms [n, checkpoints] of rows by their places."""
         at = list(places)
-        return np.concatenate([part[at] for part in self.codes], axis=1), self.norms[at]
+        codes = np.concatenate([part[at] for part in self.codes], axis=1)
+        if self.steps is not None:
+            steps = self.steps[at].repeat(codes.shape[1] // self.steps.shape[1], axis=1)
+            codes = ((codes.astype(np.float32) - ZERO) * steps).astype(np.float16)
+        return codes, self.norms[at]
 
 
 @dataclass(frozen=True)
@@ -461,22 +490,28 @@ def open_shard(
 
 def _map_shard(path: Path, record: dict[str, Any], deleted: Collection[str], width: int) -> Shard:
     name, checkpoints = record["name"], len(record["loss"])
-    parts, codes = [], []
+    parts: list[Any] = []
+    codes: list[Any] = []
     faiss.set_deserialization_vector_byte_limit(record["bytes"])
     for file_name, _, _ in record["files"][:-1]:
         index: Any = faiss.read_index(str(path / "shards" / file_name), faiss.IO_FLAG_MMAP_IFC)
         flat: Any = faiss.downcast_index(index.index)
         raw = faiss.rev_swig_ptr(flat.codes.data(), flat.ntotal * flat.code_size)
         parts.append(index)
-        codes.append(raw.view(np.float16).reshape(flat.ntotal, -1))
+        codes.append((raw.view(np.float16) if flat.sq.qtype == QUANTISERS["fp16"] else raw).reshape(flat.ntotal, -1))
     side = load_file(path / "shards" / f"{name}.safetensors")
     ids = [f"{int(n):016x}" for n in faiss.vector_to_array(parts[0].id_map)]
     if sum(part.shape[1] for part in codes) != width * checkpoints:
         raise ValueError(f"its vectors are not of {width} numbers for each of {checkpoints} checkpoints")
     if side["norms"].shape != (len(ids), checkpoints) or side["finite"].shape != (len(ids),):
         raise ValueError("its norms are not those of its rows")
+    steps = side.get("steps")  # of int8 codes alone
+    if any((code.dtype == np.uint8) == (steps is None) for code in codes):
+        raise ValueError("its vectors are of one kind, its sidecar of another")
+    if steps is not None and steps.shape != side["norms"].shape:
+        raise ValueError("its steps are not those of its rows")
     kept = np.array([f"{name}:{at}" not in deleted for at in range(len(ids))], dtype=bool)
-    return Shard(name, ids, kept & side["finite"].astype(bool), parts, codes, side["norms"], kept)
+    return Shard(name, ids, kept & side["finite"].astype(bool), parts, codes, steps, side["norms"], kept)
 
 
 def check(manifest: Manifest, model: LoadedModel) -> None:

@@ -118,24 +118,32 @@ class Kronecker:
     p_in: torch.Tensor  # [p_in, d_in]
     place: slice
 
+    def __post_init__(self) -> None:
+        """A side that is kept whole is not multiplied by."""
+        self._whole_out, self._whole_in = _is_identity(self.p_out), _is_identity(self.p_in)
+
     def to(self, device: torch.device) -> Kronecker:
         """The same on a device."""
         return Kronecker(self.p_out.to(device), self.p_in.to(device), self.place)
 
     def keep(self, acts: torch.Tensor) -> torch.Tensor:
         """[batch, seq, p_in]"""
-        kept: torch.Tensor = acts @ self.p_in.to(acts).T
-        return kept
+        return acts if self._whole_in else acts @ self.p_in.to(acts).T
 
     def project(self, kept: torch.Tensor, grads: torch.Tensor) -> torch.Tensor:
         """sum_s (P_out d_s)(P_in a_s)^T"""
-        return torch.einsum("bso,bsi->boi", grads @ self.p_out.to(grads).T, kept).flatten(1)
+        short = grads if self._whole_out else grads @ self.p_out.to(grads).T  # [batch, seq, p_out]
+        return (short.transpose(1, 2) @ kept).flatten(1)
 
     def nudge(self, acts: torch.Tensor, directions: torch.Tensor) -> torch.Tensor:
         """P_out^T D P_in a_s: a weight of rank p, never formed."""
         blocks = directions.to(acts).unflatten(1, (self.p_out.shape[0], self.p_in.shape[0]))
         nudged: torch.Tensor = (self.keep(acts) @ blocks.transpose(1, 2)) @ self.p_out.to(acts)
         return nudged
+
+
+def _is_identity(matrix: torch.Tensor) -> bool:
+    return matrix.shape[0] == matrix.shape[1] and torch.equal(matrix, torch.eye(len(matrix)).to(matrix))
 
 
 class CountSketch:

@@ -1,5 +1,6 @@
 """The fast gradients against plain float64 autograd, and the laws that they must keep."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LM
 from transformers.pytorch_utils import Conv1D
 
 from app.influence.corpus import Encoder, Example, parse_row
-from app.influence.gradients import Plan, gradients, plan_for, token_gradients, token_scores
+from app.influence.gradients import (
+    Plan,
+    gradients,
+    hooked,
+    plan_for,
+    target_losses,
+    token_gradients,
+    token_scores,
+)
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
 from app.influence.projection import ProjectionSpec, side_matrix, signs, sketch
 
@@ -157,6 +166,39 @@ def test_gradients_do_not_depend_on_batch_mates(model: LoadedModel, examples: li
     for number, example in enumerate(examples):
         alone = gradients(model, model.checkpoints[0], plan, [example]).vectors[0]
         assert (together[number] - alone).norm() <= 1e-5 * alone.norm()
+
+
+def test_what_comes_after_the_last_target_changes_nothing(model: LoadedModel, examples: list[Example]) -> None:
+    plan, example = plan_for(model, ProjectionSpec(size=8)), examples[1]
+    more = 3
+    longer = replace(
+        example,
+        ids=(*example.ids, *example.ids[:more]),
+        targets=(*example.targets, *[False] * more),
+        offsets=(*example.offsets, *example.offsets[:more]),
+    )
+    short, long = (gradients(model, model.checkpoints[0], plan, [one, examples[0]]) for one in (example, longer))
+    assert torch.equal(short.vectors, long.vectors)
+    assert all(torch.equal(one, other) for one, other in zip(short.losses, long.losses, strict=True))
+
+
+def test_gradients_begin_at_the_first_modules_and_a_model_may_write_into_their_outputs(
+    model: LoadedModel, examples: list[Example]
+) -> None:
+    checkpoint, plan = model.checkpoints[0], plan_for(model, ProjectionSpec(size=8))
+    before = gradients(model, checkpoint, plan, examples).vectors
+    seen: list[torch.Tensor] = []
+
+    def write(name: str, acts: torch.Tensor, output: torch.Tensor) -> None:
+        seen.append(acts)
+        output.register_hook(lambda grad: None)
+        output.mul_(1.0)
+
+    with torch.enable_grad(), hooked(model, model.activate(checkpoint), write):
+        torch.cat(target_losses(model, examples)).sum().backward()
+    assert not seen[0].requires_grad  # nothing below the first module is differentiated
+    assert seen[-1].requires_grad
+    assert torch.equal(gradients(model, checkpoint, plan, examples).vectors, before)
 
 
 @pytest.mark.parametrize("normalisation", ["none", "layer"])

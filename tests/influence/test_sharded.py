@@ -6,6 +6,7 @@ import signal
 import subprocess
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def test_answers_are_those_of_the_index_in_this_process(
     )
     assert there.proponents == here.proponents and there.opponents == here.opponents
     assert there.definition == here.definition
+
+
+def test_eight_bit_codes_are_searched_and_handed_out_alike(
+    model: LoadedModel, cluster: Cluster, tmp_path: Path
+) -> None:
+    records = [{"prompt": f"Question {i}?", "response": "word " * (i % 4 + 1) + str(i)} for i in range(15)]
+    list(build(tmp_path / "i", model, [parse_row(record) for record in records], replace(SPEC, codes="int8")))
+    here, there = open_index(tmp_path / "i"), cluster.open(tmp_path / "i")
+    for queries in (1, FEW):
+        asked = vectors(here, queries)
+        assert there.top(asked, 7, "none", True) == here.top(asked, 7, "none", True)
+        assert there.top(asked, 7, "unit", False) == here.top(asked, 7, "unit", False)
+    assert torch.equal(there.vectors(here.ids[::-1])[0], here.vectors(here.ids[::-1])[0])
 
 
 def test_stored_vectors_are_the_same_in_the_order_that_is_asked_for(local: Index, sharded: ShardedIndex) -> None:

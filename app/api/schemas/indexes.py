@@ -49,6 +49,10 @@ class IndexIn(Body):
         description="`layer`: each module's gradient is scaled to unit length (RapidIn), so that no layer drowns the "
         "others; `none`: gradients as they are.",
     )
+    codes: Literal["fp16", "int8"] = Field(
+        "fp16",
+        description="How vectors are kept: `fp16` to half precision; `int8` in half the room, a little less exact.",
+    )
     template: Literal["auto", "chat", "alpaca", "plain"] = Field(
         "auto", description="How rows are laid out as text; `auto` takes the tokenizer's chat template if it has one."
     )
