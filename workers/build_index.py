@@ -255,4 +255,6 @@ def _step(progress: Progress) -> Step:
         work=progress.tokens if weighed else None,
         total_work=progress.total_tokens if weighed else None,
         resumed=progress.resumed,
+        stage=progress.stage,
+        unit="modules" if progress.stage == "eigenvectors" else "rows",
     )

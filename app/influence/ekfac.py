@@ -22,10 +22,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -37,10 +37,11 @@ from app.influence.corpus import Encoder, Example, Row
 from app.influence.errors import FactorsCorrupt, FactorsMissing, RowError, SpecError, disk_full_is_named
 from app.influence.exact import Lens, formed
 from app.influence.gradients import hooked, target_logits
-from app.influence.index import IndexSpec, write_file
+from app.influence.index import open_index, write_file
 from app.influence.models import Checkpoint, LoadedModel
 from app.influence.shape import require_factors_shape
 
+Item = TypeVar("Item")
 RECORD = "ekfac.json"
 FOLDER = "ekfac"
 FORMAT = 1
@@ -97,7 +98,7 @@ class Record:
 
     Attributes:
         files: by checkpoint, [name, bytes, sha256].
-        rows: how many they were fitted on, of `of` that there were; `ids` is the hash of those.
+        rows: how many they were fitted on, of `of` that the index held; `ids` is the hash of those (`rows_print`).
     """
 
     spec: dict[str, Any]
@@ -163,6 +164,8 @@ def open_factors(folder: Path) -> Factors:
     tensors = []
     for name, size, digest in record.files:
         file = folder / FOLDER / name
+        if not file.is_file() and read_record(folder) != record:  # a new fit took their place a moment ago
+            return open_factors(folder)
         if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
             detail = f"EK-FAC factors {name} are not what was written (missing, or another checksum): fit them again"
             raise FactorsCorrupt(detail, file=name)
@@ -173,11 +176,22 @@ def open_factors(folder: Path) -> Factors:
     return Factors(record, tensors)
 
 
+def evenly(items: Sequence[Item], most: int) -> list[Item]:
+    """At most so many, evenly spaced."""
+    many = min(most, len(items))
+    return [items[at * len(items) // many] for at in range(many)]
+
+
+def rows_print(manifest: Mapping[str, Any]) -> str:
+    """A hash of which rows an index holds, by its manifest as JSON has it."""
+    said = json.dumps([[shard["ids"] for shard in manifest["shards"]], sorted(manifest["deleted"])])
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
 def fit(
-    folder: Path,
+    path: Path,
     model: LoadedModel,
     rows: Sequence[Row],
-    kept: IndexSpec,
     spec: EkfacSpec | None = None,
     keep_every_s: float = KEEP_EVERY_S,
 ) -> Iterator[Progress]:
@@ -187,34 +201,27 @@ def fit(
     stay until then.
 
     Args:
-        rows: in an order that is the same at each call.
-        kept: how the index lays out its rows.
+        rows: the index's, in its order, or those of them that `evenly` chose.
 
     Raises:
-        SpecError: no row can be used, or the model's gradients are not finite.
+        Mismatch: the model is not the index's. SpecError: no row can be used, or gradients are not finite.
     """
-    spec = spec or EkfacSpec()
-    chosen = [rows[at * len(rows) // min(spec.rows, len(rows))] for at in range(min(spec.rows, len(rows)))]
-    samples = _encode(model.encoder(kept.template, kept.max_length), chosen)
+    index = open_index(path, verify=False)
+    index.check(model)
+    kept, spec = index.manifest.index_spec, spec or EkfacSpec()
+    samples = _encode(model.encoder(kept.template, kept.max_length), evenly(rows, spec.rows))
     spec = replace(spec, rows=len(samples), draws=spec.drawn(len(samples)))
-    ids = hashlib.sha256("".join(row.id for row in rows).encode()).hexdigest()
-    plan = {"spec": asdict(spec), "fingerprint": model.fingerprint, "ids": ids, "budget": kept.token_budget}
-    plan |= {"template": kept.template, "max_length": kept.max_length, "format": FORMAT}
-    run = _Run(folder / FOLDER, model, samples, kept.token_budget, spec, json.dumps(plan, sort_keys=True), keep_every_s)
+    ids = rows_print(index.manifest.to_dict())
+    plan = [FORMAT, asdict(spec), asdict(kept), model.fingerprint, ids, [sample.id for sample in samples]]
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    run = _Run(path / FOLDER, model, samples, kept.token_budget, spec, digest, keep_every_s)
     yield from run.steps()
-    record = Record(
-        spec=asdict(spec),
-        fingerprint=model.fingerprint,
-        files=run.files,
-        rows=len(samples),
-        of=len(rows),
-        ids=ids,
-        tokens=sum(len(sample.example.ids) for sample in samples),
-    )
+    tokens = sum(len(sample.example.ids) for sample in samples)
+    record = Record(asdict(spec), model.fingerprint, run.files, len(samples), index.rows, ids, tokens)
     with disk_full_is_named("the factors' record"):
-        write_file(folder / RECORD, json.dumps(asdict(record), indent=1, sort_keys=True).encode())
+        write_file(path / RECORD, json.dumps(asdict(record), indent=1, sort_keys=True).encode())
     named = {name for name, *_ in record.files}
-    for file in (folder / FOLDER).iterdir():  # of earlier fits, and the sums
+    for file in (path / FOLDER).iterdir():  # of earlier fits, and the sums
         if file.name not in named:
             file.unlink(missing_ok=True)
     yield Progress("publish", len(samples), len(samples), run.total, run.total)

@@ -14,7 +14,6 @@ scores of reranked rows are by the same score: they average to it.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +23,7 @@ import torch
 
 from app.influence.building import NUMBERS, batches
 from app.influence.corpus import Example, Row
-from app.influence.ekfac import Factors, open_factors, read_record
+from app.influence.ekfac import Factors, open_factors, read_record, rows_print
 from app.influence.errors import FactorsMissing, QueryError
 from app.influence.exact import Lenses, products, through, whole_plan
 from app.influence.gradients import gradients, token_gradients
@@ -246,8 +245,8 @@ def _factors(index: Searchable) -> tuple[Factors, bool]:
         if factors.record.fingerprint != index.manifest.fingerprint:
             detail = "the EK-FAC factors are of another model: POST /indexes/{index}/ekfac fits them anew"
             raise FactorsMissing(detail, field="rerank")
-        ids = hashlib.sha256("".join(index.ids).encode()).hexdigest()
-        kept = index.opened["ekfac"] = (factors, ids != factors.record.ids)
+        stale = factors.record.ids != rows_print(index.manifest.to_dict())
+        kept = index.opened["ekfac"] = (factors, stale)
     return kept
 
 
