@@ -130,7 +130,7 @@ class Settings(BaseSettings):
     max_ekfac_bytes: int = Field(
         4 * 1024 * MEBIBYTE,
         ge=1,
-        description="Most bytes that the EK-FAC factors of one checkpoint may take, on disk and in memory while they are "
+        description="Most bytes that the EK-FAC factors of a checkpoint may take, on disk and in memory while they are "
         "fitted: 422 above.",
     )
     max_query_chars: int = Field(100_000, ge=1, description="Most characters of prompt and generation together.")
