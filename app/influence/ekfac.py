@@ -45,7 +45,7 @@ Item = TypeVar("Item")
 RECORD = "ekfac.json"
 FOLDER = "ekfac"
 FORMAT = 1
-DAMPING = 0.1
+DAMPING = 0.03
 """Added to the eigenvalues of a module, relative to their mean."""
 ENOUGH = 1_000
 """Draws of a row's labels are repeated (at most `MOST_DRAWS` times) until rows x draws are so many."""
@@ -308,9 +308,9 @@ class _Run:
                 collector.begin(samples)
                 with torch.enable_grad(), hooked(self.model, modules, collector.hook):
                     logits, tokens = target_logits(self.model, [sample.example for sample in samples])
-                    for draw in range(self.spec.draws):
-                        labels = tokens if self.spec.labels == "true" else self._labels(logits, samples, draw)
-                        self._loss(logits, labels, samples).backward(retain_graph=draw + 1 < self.spec.draws)
+                    drawn = tokens[None] if self.spec.labels == "true" else self._labels(logits, samples)
+                    for draw, labels in enumerate(drawn, start=1):
+                        self._loss(logits, labels, samples).backward(retain_graph=draw < len(drawn))
             rows, passed, state.done = rows + len(samples), passed + self.sizes[at], at + 1
             self._keep()
             yield Progress(state.stage, rows, len(self.samples), before + passed, self.total)
@@ -323,16 +323,23 @@ class _Run:
         power = 0.5 if self.spec.labels == "sampled" else 1.0  # draws are independent: only their squares add up
         return torch.stack([part.sum() / len(part) ** power for part in parts]).sum()
 
-    def _labels(self, logits: torch.Tensor, samples: Sequence[_Sample], draw: int) -> torch.Tensor:
-        """[targets], drawn from what the model expects; a row's draws do not depend on its batch mates."""
-        numbers = []
+    def _labels(self, logits: torch.Tensor, samples: Sequence[_Sample]) -> torch.Tensor:
+        """[draws, targets], drawn from what the model expects; a row's draws do not depend on its batch mates.
+
+        The draws of a target are spread evenly over its distribution, in an order of its own (a Latin hypercube): each
+        is as likely as alone and independent of the other targets', and their mean varies less.
+        """
+        draws, numbers = self.spec.draws, []
         for sample in samples:
-            name = f"{self.spec.seed}/{self.state.checkpoint}/{self.state.stage}/{draw}/{sample.id}"
+            name = f"{self.spec.seed}/{self.state.checkpoint}/{self.state.stage}/{sample.id}"
             key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-            numbers.append(np.random.Generator(np.random.Philox(key=key)).random(len(sample.example.positions)))
+            order, within = np.random.Generator(np.random.Philox(key=key)).random(
+                (2, draws, len(sample.example.positions))
+            )
+            numbers.append((order.argsort(0, kind="stable") + within) / draws)
         sums = logits.detach().double().softmax(1).cumsum(1)  # [targets, vocabulary]
-        drawn = torch.from_numpy(np.concatenate(numbers)).to(sums.device)[:, None] * sums[:, -1:]
-        return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp_max(sums.shape[1] - 1)
+        drawn = torch.from_numpy(np.concatenate(numbers, 1).T.copy()).to(sums.device) * sums[:, -1:]  # [targets, draws]
+        return torch.searchsorted(sums, drawn, right=True).clamp_max(sums.shape[1] - 1).T
 
     def _eigenvectors(self) -> Iterator[Progress]:
         """Each module's sums give way to their eigenvectors; the sums of the eigenvalues begin at zero."""

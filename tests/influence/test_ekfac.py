@@ -60,20 +60,19 @@ def fitted(path: Path, model: LoadedModel, rows: list[Row], spec: EkfacSpec = QU
     return open_factors(path)
 
 
-def drawn(logits: torch.Tensor, row: Row, stage: str, draw: int, seed: int) -> torch.Tensor:
-    """Labels by their cumulated probabilities, one after the other."""
-    name = f"{seed}/0/{stage}/{draw}/{row.id}"
-    key = int.from_bytes(hashlib.sha256(name.encode()).digest()[:16], "little")
-    numbers = np.random.Generator(np.random.Philox(key=key)).random(len(logits))
-    labels = []
-    for one, number in zip(logits.softmax(1).tolist(), numbers.tolist(), strict=True):
-        below, label = 0.0, 0
-        for label, share in enumerate(one):  # noqa: B007
-            below += share
-            if below > number:
-                break
-        labels.append(label)
-    return torch.tensor(labels)
+def drawn(logits: torch.Tensor, row: Row, stage: str, spec: EkfacSpec) -> list[torch.Tensor]:
+    """Labels by their cumulated probabilities, one after the other, for each draw."""
+    key = int.from_bytes(hashlib.sha256(f"{spec.seed}/0/{stage}/{row.id}".encode()).digest()[:16], "little")
+    order, within = np.random.Generator(np.random.Philox(key=key)).random((2, spec.draws, len(logits)))
+    shares = logits.softmax(1).tolist()
+    found = [[0] * len(logits) for _ in range(spec.draws)]
+    for target, column in enumerate(order.T.tolist()):
+        for draw in range(spec.draws):
+            stratum = sorted(range(spec.draws), key=column.__getitem__)[draw]
+            number, below = (stratum + within[draw, target]) / spec.draws, 0.0
+            while (below := below + shares[target][found[draw][target]]) <= number:
+                found[draw][target] += 1
+    return [torch.tensor(one) for one in found]
 
 
 def matrices(
@@ -85,7 +84,10 @@ def matrices(
     found: tuple[dict[str, list[torch.Tensor]], ...] = tuple({name: [] for name in modules} for _ in range(3))
     for row in rows:
         example = encoder.encode(row)
-        for draw in range(spec.draws):
+        at = torch.tensor(example.positions)
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([example.ids])).logits[0, at - 1]
+        for labels in drawn(logits, row, stage, spec):
             acts, outputs = {}, {}
 
             def keep(name: str, a: torch.Tensor, output: torch.Tensor) -> None:
@@ -93,10 +95,7 @@ def matrices(
 
             weights = [module.weight.requires_grad_(True) for module in modules.values()]
             with hooked(model, modules, keep):
-                logits = model.model(input_ids=torch.tensor([example.ids])).logits[0]
-            at = torch.tensor(example.positions)
-            logits = logits[at - 1]
-            labels = drawn(logits.detach(), row, stage, draw, spec.seed)
+                logits = model.model(input_ids=torch.tensor([example.ids])).logits[0, at - 1]
             loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum") / len(at) ** 0.5
             grads = torch.autograd.grad(loss, [*weights, *outputs.values()])
             for weight in weights:
@@ -277,6 +276,21 @@ def test_a_full_disk_is_named(path: Path, model: LoadedModel, rows: list[Row], m
     monkeypatch.setattr(ekfac, "write_file", full)
     with pytest.raises(DiskFull):
         drain(fit(path, model, rows, QUICK))
+
+
+def test_draws_are_spread_over_what_the_model_expects(path: Path, model: LoadedModel, rows: list[Row]) -> None:
+    samples = ekfac._encode(model.encoder(SPEC.template, SPEC.max_length), rows)
+    spec = EkfacSpec(draws=200)
+    run = ekfac._Run(path / "x", model, samples, 1000, spec, "plan", 1e9)
+    logits = torch.randn(len(samples[0].example.positions), 5, generator=torch.Generator().manual_seed(0)) * 2
+    labels = run._labels(logits, samples[:1])
+    shares = torch.nn.functional.one_hot(labels, 5).double().mean(0)  # [targets, 5]
+    assert (shares - logits.softmax(1)).abs().max() <= 2 / spec.draws
+    together = run._labels(torch.cat([logits, logits]), [samples[0], samples[0]])
+    assert torch.equal(together, torch.cat([labels, labels], 1))
+    both = torch.nn.functional.one_hot(labels, 5).double()
+    joint = torch.einsum("ni,nj->ij", both[:, 0], both[:, 1]) / spec.draws
+    assert (joint - shares[0][:, None] * shares[1]).abs().max() <= 4 * 0.5 / spec.draws**0.5, "targets are independent"
 
 
 def test_few_rows_are_drawn_more_often_and_many_are_thinned() -> None:
