@@ -50,7 +50,7 @@ DAMPING = 0.03
 ENOUGH = 1_000
 """Draws of a row's labels are repeated (at most `MOST_DRAWS` times) until rows x draws are so many."""
 MOST_DRAWS = 4
-KEEP_EVERY_S = 20.0
+KEEP_EVERY_S = 60.0
 """How often the sums are written down: what a kill can cost."""
 Stage = Literal["covariances", "eigenvectors", "eigenvalues"]
 
