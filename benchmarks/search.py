@@ -1,6 +1,6 @@
 """What a search costs beside reading the codes once and beside FAISS's quantiser, and what smaller codes lose.
 
-    python benchmarks/search.py                    # two indexes of 350 MB, three minutes
+    python benchmarks/search.py                    # indexes of 350 MB, four minutes
 
 Times are CPU seconds of one thread, the best of the interleaved repeats, over real index folders (shards of 256 rows,
 in the page cache). "reading" sums the mapped codes as 64-bit integers. Recall is measured on real gradients of a tiny
@@ -196,22 +196,8 @@ def recall(rows: int, asked: int, steps: int, folder: Path) -> list[dict[str, An
     return lines
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small indexes: whether it runs, not what it costs")
-    parser.add_argument("--rows", type=int, default=3000, help="of real gradients, for recall")
-    parser.add_argument("--queries", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    faiss.omp_set_num_threads(1)
-    shapes = [(2000, 2048), (300, 16384)] if arguments.quick else [(20_000, 8192), (3000, 65_536)]
-    rows, steps = (400, 0) if arguments.quick else (arguments.rows, 150)
-    with tempfile.TemporaryDirectory() as folder:
-        searches = [costs(n, d, arguments.repeats, Path(folder)) for n, d in shapes]
-        recalled = recall(rows, arguments.queries, steps, Path(folder))
-    console = Console()
+def cost_table(searches: Sequence[dict[str, Any]]) -> Table:
+    """A line for each index and its codes."""
     title = "CPU milliseconds of a search, one thread, shards of 256 rows"
     columns = ("index", "codes", "reading", "1 vector", "16", "64", "FAISS, 64", "1 over reading", "64 over FAISS")
     table = Table(*columns, title=title)
@@ -226,7 +212,26 @@ def main() -> None:
             )
             faster = f"{one['faiss']['sixty_four'] / times['sixty_four']:.1f} (aim {FASTER:.0f})"
             table.add_row(f"{one['rows']:,} x {one['width']:,}", codes, *ours, *last, faster)
-    console.print(table)
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small indexes: whether it runs, not what it costs")
+    parser.add_argument("--rows", type=int, default=3000, help="of real gradients, for recall")
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    faiss.omp_set_num_threads(1)
+    shapes = [(2000, 2048), (300, 16384)] if arguments.quick else [(20_000, 8192), (3000, 65_536)]
+    rows, steps = (400, 0) if arguments.quick else (arguments.rows, 150)
+    console = Console()
+    with tempfile.TemporaryDirectory() as folder:
+        searches = [costs(n, d, arguments.repeats, Path(folder)) for n, d in shapes]
+        console.print(cost_table(searches))
+        recalled = recall(rows, arguments.queries, steps, Path(folder))
     title = f"what approximate indexes find of {rows:,} real gradients, {arguments.queries} queries"
     table = Table("index", "recall@10", "recall@100", "bytes a row", "CPU ms a query", title=title)
     for one in recalled:

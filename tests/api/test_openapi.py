@@ -45,7 +45,7 @@ def test_what_makes_something_takes_an_idempotency_key() -> None:
         for _, _, operation in OPERATIONS
         if any(parameter["name"] == "Idempotency-Key" for parameter in operation.get("parameters", []))
     }
-    indexes = {"create_index", "repair_index", "add_samples"}
+    indexes = {"create_index", "repair_index", "add_samples", "fit_ekfac"}
     assert taking == {"create_model", "create_dataset", *indexes, "unlearn_rows", "value_rows"}
 
 

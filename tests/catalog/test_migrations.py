@@ -148,7 +148,8 @@ async def test_on_the_way_down_jobs_go_that_the_older_code_does_not_know(url: st
         await fill(database)
         async with database.catalog() as catalog:
             model, index = await catalog.models.get("tiny"), await catalog.indexes.get("idx")
-            for kind, state in ((JobKind.UNLEARN, JobState.QUEUED), (JobKind.VALUATION, JobState.RUNNING)):
+            new = (JobKind.UNLEARN, JobState.QUEUED), (JobKind.VALUATION, JobState.RUNNING)
+            for kind, state in (*new, (JobKind.FIT_EKFAC, JobState.RUNNING)):
                 about = {"model_id": model.id, "index_id": index.id, "makes_model": kind.value}
                 await catalog.jobs.add(Job(id=new_id("job"), kind=kind, state=state, params={}, **about))
             await catalog.commit()
