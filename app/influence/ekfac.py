@@ -439,7 +439,7 @@ class _Collector:
     def begin(self, samples: Sequence[_Sample]) -> None:
         """A batch comes: the positions that a target follows are those that count."""
         examples = [sample.example for sample in samples]
-        self.valid = torch.zeros(len(examples), max(len(example.ids) for example in examples), 1)
+        self.valid = torch.zeros(len(examples), max(example.positions[-1] for example in examples), 1)
         for number, example in enumerate(examples):
             self.valid[number, : example.positions[-1]] = 1
 
