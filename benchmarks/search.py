@@ -180,11 +180,11 @@ def recall(rows: int, asked: int, steps: int, folder: Path) -> list[dict[str, An
     quantiser.train(stored[: rows // 2])
     quantiser.add(stored)
     lines.append(line("FAISS SQ8, ranges learnt from half the rows", *search(quantiser), width))
-    products = faiss.index_factory(width, f"PQ{width // 8}x8", faiss.METRIC_INNER_PRODUCT)
+    products = faiss.index_factory(width, f"PQ{width // 8}x4", faiss.METRIC_INNER_PRODUCT)
     products.pq.cp.niter, products.pq.cp.min_points_per_centroid = 6, 1
     products.train(stored[: min(rows, 1024)])
     products.add(stored)
-    lines.append(line("FAISS PQ, 8 numbers a byte", *search(products), width / 8))
+    lines.append(line("FAISS PQ, 8 numbers in 4 bits", *search(products), width / 16))
     lists = max(4, int(rows**0.5))
     inverted = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     inverted.cp.niter, inverted.cp.min_points_per_centroid = 8, 1
