@@ -5,7 +5,7 @@
 Times are CPU seconds of one thread, the best of the interleaved repeats, over real index folders (shards of 256 rows,
 in the page cache). "reading" sums the mapped codes as 64-bit integers. Recall is measured on real gradients of a tiny
 Llama, trained on some of the rows for a moment; exact is the product with the stored fp16 vectors.
-IVF and product quantisation are FAISS's own, over the same vectors in memory: Headwater does not offer them.
+SQ8 and IVF are FAISS's own, over the same vectors in memory: Headwater does not offer them.
 """
 
 from __future__ import annotations
@@ -180,11 +180,6 @@ def recall(rows: int, asked: int, steps: int, folder: Path) -> list[dict[str, An
     quantiser.train(stored[: rows // 2])
     quantiser.add(stored)
     lines.append(line("FAISS SQ8, ranges learnt from half the rows", *search(quantiser), width))
-    products = faiss.index_factory(width, f"PQ{width // 8}x8", faiss.METRIC_INNER_PRODUCT)
-    products.pq.cp.niter, products.pq.cp.min_points_per_centroid = 6, 1
-    products.train(stored[: min(rows, 1024)])
-    products.add(stored)
-    lines.append(line("FAISS PQ, 8 numbers a byte", *search(products), width / 8))
     lists = max(4, int(rows**0.5))
     inverted = faiss.index_factory(width, f"IVF{lists},SQfp16", faiss.METRIC_INNER_PRODUCT)
     inverted.cp.niter, inverted.cp.min_points_per_centroid = 8, 1

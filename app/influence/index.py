@@ -192,7 +192,7 @@ class Shard(Rows):
         columns = codes.shape[1]
         wide = WIDE if scores.device.type == "cpu" else columns  # a GPU wants few large blocks
         cuts = sorted({*range(0, columns, wide), *range(-first % width, columns, width), columns})
-        query = vectors[:, first : first + columns].T.contiguous()
+        query = vectors[:, first : first + columns].T
         buffer = torch.empty(min(DEEP, len(codes)) * wide, device=scores.device)
         for start in range(0, len(codes), DEEP):
             rows = slice(start, min(start + DEEP, len(codes)))
