@@ -15,6 +15,7 @@ import torch
 
 from app.influence.building import build
 from app.influence.corpus import Message, parse_row
+from app.influence.ekfac import EkfacSpec, fit
 from app.influence.errors import IndexCorrupt, ShardsMissing, SpecError
 from app.influence.index import FEW, Index, IndexSpec, delete, open_index
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
@@ -26,6 +27,7 @@ from tests.api.harness import jsonl, must, rows, serving
 from tests.influence.conftest import NODES, PATIENCE_S
 
 SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=10, token_budget=400)
+ROWS = [parse_row({"prompt": f"Question {i}?", "response": "word " * (i % 4 + 1) + str(i)}) for i in range(30)]
 
 
 @pytest.fixture(scope="module")
@@ -37,9 +39,8 @@ def model(tiny_model_dir: Path, tiny_adapter_dir: Path) -> LoadedModel:
 @pytest.fixture(scope="module")
 def path(model: LoadedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three shards, some of whose rows are deleted, all of the second's."""
-    records = [{"prompt": f"Question {i}?", "response": "word " * (i % 4 + 1) + str(i)} for i in range(30)]
     path = tmp_path_factory.mktemp("sharded") / "index"
-    list(build(path, model, [parse_row(record) for record in records], SPEC))
+    list(build(path, model, ROWS, SPEC))
     shards = open_index(path).shards
     delete(path, [shards[0].ids[1], shards[2].ids[5], *shards[1].ids])
     return path
@@ -99,6 +100,18 @@ def test_eight_bit_codes_are_searched_and_handed_out_alike(
         assert there.top(asked, 7, "none", True) == here.top(asked, 7, "none", True)
         assert there.top(asked, 7, "unit", False) == here.top(asked, 7, "unit", False)
     assert torch.equal(there.vectors(here.ids[::-1])[0], here.vectors(here.ids[::-1])[0])
+
+
+def test_reranking_recalls_on_the_cluster_and_ranks_here(
+    path: Path, model: LoadedModel, local: Index, sharded: ShardedIndex
+) -> None:
+    by_id = {row.id: row for row in ROWS}
+    list(fit(path, model, [by_id[row] for row in local.ids], EkfacSpec(draws=1)))
+    query = Query((Message("user", "Question 3?"),), "word 3")
+    options = Options(top_k=4, tokens="none", rerank="ekfac", candidates=8)
+    here, there = (influence(model, one, [query], options, by_id.__getitem__)[0] for one in (local, sharded))
+    assert here.proponents == there.proponents != []
+    assert here.definition == there.definition
 
 
 def test_stored_vectors_are_the_same_in_the_order_that_is_asked_for(local: Index, sharded: ShardedIndex) -> None:
