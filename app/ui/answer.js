@@ -17,6 +17,7 @@ export function answerView({ answer, body, range, row, written, selected, index,
   const state = { side: "proponents", shown: null, full: new Map() };
   const map = new TokenMap(answer.generation, answer.tokens, (first, last) => ask(first === null ? null : spanOf(answer.tokens, first, last)));
   const rows = h("ol", { class: "rows" });
+  const shared = h("p", { class: "shared" });
   const trouble = h("div", {});
   const bar = selectionBar(selected, index, body, () => drawRows());
   const colour = h("select", { id: unique("colour"), onchange: () => paint(colour.value) });
@@ -41,6 +42,7 @@ export function answerView({ answer, body, range, row, written, selected, index,
     rows.replaceChildren(...(cards.length ? cards : [h("li", { class: "none" }, SIDES[state.side].none)]));
     paint(hits.some((one) => one.id === state.shown) ? state.shown : (hits[0]?.id ?? ""));
     everything.hidden = hits.length < 2;
+    shared.replaceChildren(...common(hits));
     bar.draw();
   }
 
@@ -52,18 +54,18 @@ export function answerView({ answer, body, range, row, written, selected, index,
   async function turn(side) {
     state.side = side;
     for (const tab of tabs.children) tab.setAttribute("aria-pressed", String(tab.dataset.side === side));
-    if (sides[side] === null) await fetchSide(side, "query", `Looking for rows that pushed away…`);
+    if (sides[side] === null) await fetchSide(side, { tokens: "query" }, "Looking for rows that pushed away…");
     drawRows();
   }
 
-  async function fetchSide(side, tokens, doing) {
-    const options = { direction: side, tokens, ...(range ? { span: range } : {}) };
+  async function fetchSide(side, more, doing) {
+    const options = { direction: side, ...more, ...(range ? { span: range } : {}) };
     trouble.replaceChildren();
     rows.setAttribute("aria-busy", "true");
     say(doing);
     try {
       const found = await post("/influence", { ...body, ...options });
-      if (tokens === "query") sides[side] = found[side];
+      if (more.tokens === "query") sides[side] = found[side];
       else for (const hit of found[side]) state.full.set(hit.id, hit.train_tokens);
     } catch (error) {
       trouble.replaceChildren(failure(error));
@@ -72,11 +74,11 @@ export function answerView({ answer, body, range, row, written, selected, index,
     }
   }
 
-  /** The rows' own tokens: they cost passes of their own, so they are computed when somebody wants to see them. */
-  async function words(id) {
-    if (!state.full.has(id)) await fetchSide(state.side, "train", "Scoring the rows word by word…");
+  /** A row's own tokens: they cost passes of their own, so no more rows are asked for than lie above it. */
+  async function words(id, place) {
+    await fetchSide(state.side, { tokens: "train", top_k: place + 1 }, "Scoring the row word by word…");
     drawRows();
-    rows.querySelector(`[data-id="${CSS.escape(id)}"] .words`)?.focus();
+    rows.querySelector(`[data-id="${CSS.escape(id)}"] input`)?.focus();
   }
 
   const tabs = h("div", { class: "segments", role: "group", "aria-label": "Which rows" }, Object.entries(SIDES).map(([side, { label }]) => h("button", { type: "button", "data-side": side, "aria-pressed": String(side === "proponents"), onclick: () => turn(side) }, label)));
@@ -88,7 +90,6 @@ export function answerView({ answer, body, range, row, written, selected, index,
   const element = h(
     "div",
     {},
-    answer.warnings.length > 0 && h("div", { class: "note warn" }, h("strong", {}, "Keep in mind"), h("ul", {}, answer.warnings.map((one) => h("li", {}, one)))),
     h(
       "section",
       { class: "card", "aria-labelledby": "said" },
@@ -96,11 +97,13 @@ export function answerView({ answer, body, range, row, written, selected, index,
       map.element,
       h("div", { class: "between foot" }, key, h("p", { class: "help" }, "Click a word, or drag over several, to ask: why this?")),
     ),
+    answer.warnings.length > 0 && h("div", { class: "note warn" }, h("strong", {}, "Keep in mind"), h("ul", {}, answer.warnings.map((one) => h("li", {}, one)))),
     h(
       "section",
       { class: "behind", "aria-labelledby": "behind" },
-      h("div", { class: "between" }, h("h2", { id: "behind", tabindex: "-1" }, part ? ["Why “", h("mark", {}, clip(part)), "”?"] : "Rows behind the answer"), h("div", { class: "actions" }, part && h("button", { type: "button", onclick: () => ask(null) }, "Whole answer again"), copyLink())),
+      h("div", { class: "between" }, h("h2", { id: "behind", tabindex: "-1" }, part ? ["Why “", h("mark", {}, clip(part.trim() || part)), "”?"] : "Rows behind the answer"), h("div", { class: "actions" }, part && h("button", { type: "button", onclick: () => ask(null) }, "Whole answer again"), copyLink())),
       h("div", { class: "between" }, tabs, everything),
+      shared,
       trouble,
       rows,
     ),
@@ -148,10 +151,27 @@ function card(hit, place, most, { selected, state, paint, words, changed }) {
         !tokens && h("button", { type: "button", class: "quiet words", onclick: (event) => {
           event.target.disabled = true;
           event.target.textContent = "Scoring…";
-          words(hit.id);
+          words(hit.id, place);
         } }, "Word by word"))),
   );
   return element;
+}
+
+/** What most of the rows have in common in their metadata: often the answer to the question where they come from. */
+function common(hits) {
+  const seen = new Map();
+  for (const { metadata } of hits) {
+    for (const [name, value] of Object.entries(metadata)) {
+      const id = JSON.stringify([name, value]);
+      if (value !== null && value !== "") seen.set(id, (seen.get(id) ?? 0) + 1);
+    }
+  }
+  const most = [...seen].filter(([, times]) => times >= 3 && times > 0.6 * hits.length).sort((a, b) => b[1] - a[1]);
+  return most.slice(0, 2).map(([id, times]) => {
+    const [name, value] = JSON.parse(id);
+    const text = typeof value === "string" ? value : JSON.stringify(value);
+    return h("span", {}, h("b", {}, times === hits.length ? `All ${times}` : `${times} of ${hits.length}`), ` rows have the ${name} `, h("mark", {}, clip(text)));
+  });
 }
 
 /** What is selected, and what can be done with it; it stays in sight. */

@@ -22,7 +22,10 @@ export class Ask {
     if (!this.form || (query.has("index") && !this.indexes.some((one) => one.name === query.get("index")))) await this.#load(query);
     if (!this.form) return;
     this.#fill(query);
-    if (query.has("index") && (query.has("prompt") || query.has("generation"))) await this.ask(span(query), query.get("row"));
+    if (query.has("index") && !this.index.control.value) {
+      this.index.control.selectedIndex = 0;
+      this.index.fail(`There is no ready index “${query.get("index")}” here: choose another.`);
+    } else if (query.has("index") && (query.has("prompt") || query.has("generation"))) await this.ask(span(query), query.get("row"));
   }
 
   /** Look again which indexes there are, the next time. */
@@ -57,12 +60,12 @@ export class Ask {
     const example = h("button", { type: "button", class: "quiet", onclick: () => this.#example() }, "Try a training prompt");
     const fields = [this.index, this.prompt, this.generation, ...this.options.fields];
     const layout = [this.index.element, this.prompt.element, this.generation.element, hidden];
-    this.form = form(fields, { layout, action: "Find the rows behind it", busy: "Searching…", send: () => this.#send(), extra: [example] });
+    this.form = form(fields, { layout, action: "Find the rows", busy: "Searching…", send: () => this.#send(), extra: [example] });
     this.form.element.setAttribute("aria-label", "Ask");
     this.generation.control.addEventListener("input", () => (this.written = null));
     for (const one of [this.prompt, this.generation]) {
       one.control.addEventListener("keydown", (event) => {
-        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.element.requestSubmit();
+        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.submit();
       });
     }
     this.result = h("section", { class: "result", "aria-label": "Answer" }, welcome());
@@ -96,7 +99,7 @@ export class Ask {
   async ask(span, row = null) {
     this.span = span;
     this.row = row;
-    this.form.element.requestSubmit();
+    await this.form.submit();
   }
 
   async #send() {

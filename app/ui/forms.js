@@ -38,8 +38,8 @@ export function form(fields, { action, busy, send, extra = [], layout = fields.m
   const alert = h("div", { class: "note bad", role: "alert", hidden: true });
   const button = h("button", { type: "submit", class: "primary" }, action);
   const element = h("form", { class: "form", novalidate: true }, layout, alert, h("div", { class: "actions" }, button, extra));
-  element.addEventListener("submit", async (event) => {
-    event.preventDefault();
+  async function submit(event) {
+    event?.preventDefault();
     clear(fields, alert);
     button.disabled = true;
     button.textContent = busy;
@@ -51,8 +51,9 @@ export function form(fields, { action, busy, send, extra = [], layout = fields.m
       button.disabled = false;
       button.textContent = action;
     }
-  });
-  return { element, button, alert };
+  }
+  element.addEventListener("submit", submit);
+  return { element, submit };
 }
 
 /** Take every error away. */
