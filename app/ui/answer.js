@@ -145,7 +145,7 @@ function card(hit, place, most, { selected, state, paint, words, changed }) {
       hit.prompt !== "" && [h("dt", {}, "Prompt"), h("dd", { class: "prompt" }, hit.prompt)],
       h("dt", {}, tokens ? "Row, word by word" : "Response"), h("dd", {}, tokens ? trainMap(tokens) : h("p", { class: "response" }, hit.response))),
     h("div", { class: "row-foot" },
-      h("ul", { class: "chips", "aria-label": "Metadata" }, Object.entries(hit.metadata).map(([name, value]) => h("li", { class: "chip" }, h("b", {}, name), ` ${typeof value === "string" ? value : JSON.stringify(value)}`)), h("li", { class: "chip id" }, h("b", {}, "id"), ` ${hit.id}`)),
+      h("ul", { class: "chips", "aria-label": "Metadata" }, Object.entries(hit.metadata).filter(([, value]) => value !== "" && value !== null).map(([name, value]) => h("li", { class: "chip" }, h("b", {}, name), ` ${typeof value === "string" ? value : JSON.stringify(value)}`)), h("li", { class: "chip id" }, h("b", {}, "id"), ` ${hit.id}`)),
       h("div", { class: "actions" },
         hit.token_scores && h("button", { type: "button", class: "quiet", "aria-pressed": "false", onclick: () => paint(hit.id) }, "Show in the answer"),
         !tokens && h("button", { type: "button", class: "quiet words", onclick: (event) => {
