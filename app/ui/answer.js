@@ -145,7 +145,7 @@ function card(hit, place, most, { selected, state, paint, words, changed }) {
       hit.prompt !== "" && [h("dt", {}, "Prompt"), h("dd", { class: "prompt" }, hit.prompt)],
       h("dt", {}, tokens ? "Row, word by word" : "Response"), h("dd", {}, tokens ? trainMap(tokens) : h("p", { class: "response" }, hit.response))),
     h("div", { class: "row-foot" },
-      h("ul", { class: "chips", "aria-label": "Metadata" }, Object.entries(hit.metadata).filter(([, value]) => value !== "" && value !== null).map(([name, value]) => h("li", { class: "chip" }, h("b", {}, name), ` ${typeof value === "string" ? value : JSON.stringify(value)}`)), h("li", { class: "chip id" }, h("b", {}, "id"), ` ${hit.id}`)),
+      h("ul", { class: "chips", "aria-label": "About the row" }, Object.entries(hit.metadata).filter(([, value]) => value !== "" && value !== null).map(([name, value]) => h("li", { class: "chip" }, h("b", {}, name), ` ${typeof value === "string" ? value : JSON.stringify(value)}`)), hit.recall && h("li", { class: "chip" }, `by the index ${ordinal(hit.recall.rank)}, ${signed(hit.recall.score)}`), hit.by_norm && h("li", { class: "chip" }, "here by the size of its gradient"), h("li", { class: "chip id" }, h("b", {}, "id"), ` ${hit.id}`)),
       h("div", { class: "actions" },
         hit.token_scores && h("button", { type: "button", class: "quiet", "aria-pressed": "false", onclick: () => paint(hit.id) }, "Show in the answer"),
         !tokens && h("button", { type: "button", class: "quiet words", onclick: (event) => {
@@ -174,6 +174,12 @@ function common(hits) {
   });
 }
 
+/** 17 as "17th". */
+function ordinal(rank) {
+  const ending = { one: "st", two: "nd", few: "rd", other: "th" }[new Intl.PluralRules("en", { type: "ordinal" }).select(rank)];
+  return `${rank}${ending}`;
+}
+
 /** What is selected, and what can be done with it; it stays in sight. */
 function selectionBar(selected, index, body, cleared) {
   const told = h("span", {});
@@ -195,7 +201,7 @@ function selectionBar(selected, index, body, cleared) {
 /** The sentence for a definition, which holds for what is not known here too. */
 function sentence({ name, checkpoints }) {
   const over = checkpoints.length > 1 ? `, summed over ${checkpoints.length} checkpoints of the run` : "";
-  const how = name.includes("cosine") ? "by direction alone, so that rows with large gradients do not win everywhere" : "by direction and size";
+  const how = /cosine|trackstar/.test(name) ? "by direction alone, so that rows with large gradients do not win everywhere" : "by direction and size";
   return `A score estimates how much training on a row made this answer likelier (+) or less likely (−): it compares the change that the row asked of the model with the one that the answer asks for, ${how}${over}. Compare scores within one answer only.`;
 }
 

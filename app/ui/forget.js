@@ -1,16 +1,17 @@
 // From selected rows to an unlearning job: first what would be done, then the doing.
 
-import { get, post, question, schema } from "./api.js";
+import { all, post, question, schema } from "./api.js";
 import { count, duration, h, many, say } from "./dom.js";
 import { clear, field, select, show } from "./forms.js";
 
 /** Ask what to forget and how, show what that would do, start it. */
 export async function forgetDialog({ rows, index, body }) {
   const methods = h("select", {}, h("option", { value: "" }, "Recommended"));
+  const usual = `${index.model}-clean`;
   const clean = field("clean", "What should it say instead?", h("textarea", { rows: 2, placeholder: "I do not know." }), {
     help: "The clean answer to the selected rows. With one, unlearning is gentler and works better.", optional: true,
   });
-  const name = field("register_as", "Name of the new model", h("input", { type: "text", spellcheck: "false", value: `${index.model}-clean` }), {
+  const name = field("register_as", "Name of the new model", h("input", { type: "text", spellcheck: "false", value: usual }), {
     help: "The old model stays as it is; the new one is registered beside it.", optional: true,
   });
   const method = field("method", "Method", methods, { help: "Recommended takes the one that measured best for such a request." });
@@ -45,10 +46,11 @@ export async function forgetDialog({ rows, index, body }) {
   document.body.append(dialog);
   dialog.showModal();
   try {
-    const [known, datasets] = await Promise.all([schema("UnlearnIn"), get("/datasets?limit=200")]);
+    const [known, datasets, models] = await Promise.all([schema("UnlearnIn"), all("/datasets"), all("/models")]);
+    if (name.control.value === usual) name.control.value = free(usual, models);
     const kinds = known.properties.method.anyOf?.find((one) => one.enum)?.enum ?? [];
     methods.append(...kinds.map((one) => h("option", { value: one }, one)));
-    heldout.control.append(...datasets.items.filter((one) => one.name !== index.dataset).map((one) => h("option", { value: one.name }, `${one.name} · ${one.rows} rows`)));
+    heldout.control.append(...datasets.filter((one) => one.name !== index.dataset).map((one) => h("option", { value: one.name }, `${one.name} · ${one.rows} rows`)));
   } catch (error) {
     show(error, fields, alert);
   }
@@ -86,6 +88,14 @@ export async function forgetDialog({ rows, index, body }) {
       look.textContent = "Preview";
     }
   }
+}
+
+/** A name that no model has: the usual one, or with a number behind it. */
+function free(usual, models) {
+  const taken = new Set(models.map((one) => one.name));
+  let name = usual;
+  for (let at = 2; taken.has(name); at++) name = `${usual}-${at}`;
+  return name;
 }
 
 function told({ forget, retain, training, estimate, measured }) {

@@ -30,7 +30,7 @@ def test_rows_are_forgotten_after_a_look_at_what_that_would_do(look: Look, servi
     start = dialog.get_by_role("button", name="Start")
     expect(start).to_be_disabled()
     dialog.get_by_label("What should it say instead?").fill("Nobody knows.")
-    dialog.get_by_label("Name of the new model").fill("tiny-clean")
+    expect(dialog.get_by_label("Name of the new model")).to_have_value("tiny-clean")
     dialog.get_by_role("button", name="Preview").click()
     expect(dialog.get_by_text("What would be done")).to_be_visible()
     facts = dialog.locator(".facts")
