@@ -52,6 +52,7 @@ test-ui: $(STAMP) $(VENV)/.with-ui ## walk the page in a real Chromium (apt-get 
 docs: export NO_MKDOCS_2_WARNING = 1
 docs: $(STAMP) $(VENV)/.with-docs ## build the documentation into build/docs; a link or an anchor that leads nowhere is an error
 	$(BIN)/python -m mkdocs build $(ARGS)
+	@echo 'read it: $(PYTHON) -m http.server --directory build/docs 8400'
 
 # an extra that one target alone needs: make test-ui, make docs
 $(VENV)/.with-%: pyproject.toml constraints.txt $(STAMP)

@@ -154,7 +154,7 @@ def endpoints() -> str:
                 ("answers", "; ".join(answers)),
                 ("refuses with", refused),
             ]
-            lines += [*_table("", ""), *(_row(name, value) for name, value in facts if value), ""]
+            lines += [*(f"- **{name}** {value}" for name, value in facts if value), ""]
             parameters = operation.get("parameters", [])
             if parameters:
                 lines += _table("parameter", "in", "what it is")

@@ -78,22 +78,24 @@ function summary(found, signal) {
   ].filter(Boolean);
 }
 
-/** Bars of the distribution; harm is cold and hatched by its place left of the line at zero. */
+/** Bars of the distribution; what does harm is cold, and lies left of the line at zero. */
 function histogram({ histogram: { counts, edges }, mean, std, quantiles }) {
-  const [width, height, base] = [640, 220, 190];
+  const [width, base] = [640, 170];
   const [low, high] = [edges[0], edges.at(-1)];
-  const x = (value) => 8 + ((value - low) / (high - low || 1)) * (width - 16);
+  const share = (value) => (value - low) / (high - low || 1);
   const tallest = Math.max(...counts);
   const bars = counts.map((many, at) => {
-    const top = base - (many / tallest) * (base - 24);
+    const top = base - (many / tallest) * (base - 10);
     const middle = (edges[at] + edges[at + 1]) / 2;
-    return svg("rect", { x: x(edges[at]) + 0.5, y: top, width: Math.max(x(edges[at + 1]) - x(edges[at]) - 1, 1), height: base - top, class: middle < 0 ? "cold" : "hot" }, svg("title", {}, `${many} rows from ${signed(edges[at])} to ${signed(edges[at + 1])}`));
+    const left = width * share(edges[at]);
+    return svg("rect", { x: left + 0.5, y: top, width: Math.max(width * share(edges[at + 1]) - left - 1, 1), height: base - top, class: middle < 0 ? "cold" : "hot" }, svg("title", {}, `${many} rows from ${signed(edges[at])} to ${signed(edges[at + 1])}`));
   });
-  const zero = low < 0 && high > 0 && [svg("line", { x1: x(0), x2: x(0), y1: 10, y2: base, class: "zero" }), svg("text", { x: x(0) + 4, y: 18 }, "0")];
-  const ends = [[8, "start", low], [width - 8, "end", high]].map(([at, anchor, value]) => svg("text", { x: at, y: height - 10, "text-anchor": anchor }, signed(value)));
+  const crosses = low < 0 && high > 0;
+  const zero = crosses && svg("line", { x1: width * share(0), x2: width * share(0), y1: 0, y2: base, class: "zero" });
   const title = unique("histogram");
   const told = `Values of ${count(counts.reduce((a, b) => a + b, 0))} rows from ${signed(low)} to ${signed(high)}; mean ${signed(mean)}, standard deviation ${std.toExponential(1)}, median ${signed(quantiles["0.5"])}. The tallest bar has ${count(tallest)} rows.`;
-  return svg("svg", { class: "plot", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-labelledby": title }, svg("title", { id: title }, told), bars, svg("line", { x1: 0, x2: width, y1: base, y2: base, class: "axis" }), zero, ends);
+  const plot = svg("svg", { class: "plot", viewBox: `0 0 ${width} ${base + 1}`, role: "img", "aria-labelledby": title }, svg("title", { id: title }, told), bars, svg("line", { x1: 0, x2: width, y1: base, y2: base, class: "axis" }), zero);
+  return h("figure", {}, plot, h("div", { class: "ends", "aria-hidden": "true" }, h("span", {}, signed(low)), crosses && h("span", { class: "at", vars: { x: share(0).toFixed(4) } }, "0"), h("span", {}, signed(high))));
 }
 
 function scores(id, groups, signal) {
