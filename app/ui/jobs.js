@@ -148,7 +148,8 @@ async function results(job, made) {
   try {
     const [next, { items }] = await Promise.all([ahead(job), get(`/jobs/${encodeURIComponent(job.id)}/artifacts`)]);
     const names = items.map((one) => one.path);
-    const report = job.state === "succeeded" && job.kind === "unlearn" && names.includes("report.json") ? measures(JSON.parse(await (await blob(at(job, "report.json"))).text())) : null;
+    const told = job.state === "succeeded" && job.kind === "unlearn" && names.includes("report.json");
+    const report = told && measures(JSON.parse(await (await blob(at(job, "report.json"))).text()), (button) => look(job, "report.html", button));
     const files = items.length > 0 && h("section", {}, h("h2", {}, "Files"), h("div", { class: "card flush" }, h("table", {}, h("tbody", {}, items.map((one) => file(job, one))))));
     made.replaceChildren(...[next, report, files].filter(Boolean));
   } catch (error) {
@@ -205,7 +206,7 @@ async function act(button, work) {
     await work();
   } catch (error) {
     say(error instanceof Problem ? error.detail : String(error));
-    button.closest("td").append(failure(error));
+    button.parentElement.append(failure(error));
   } finally {
     button.disabled = false;
     button.textContent = words;

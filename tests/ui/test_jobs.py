@@ -59,7 +59,7 @@ def test_rows_are_forgotten_after_a_look_at_what_that_would_do(look: Look, servi
     download.value.save_as(tmp_path / "config.json")
     assert json.loads((tmp_path / "config.json").read_text())["peft_type"] == "LORA"
     with page.context.expect_page() as opened:
-        page.get_by_role("button", name="Open report.html").click()
+        page.get_by_role("button", name="Open the whole report").click()
     expect(opened.value.get_by_role("heading").first).to_be_visible()
 
     page.get_by_role("link", name="Build its index").click()
