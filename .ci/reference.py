@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import typer
 from pydantic_core import PydanticUndefined
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from app.cli import app as commands  # noqa: E402
 from app.problems import KINDS  # noqa: E402
 from app.settings import Settings  # noqa: E402
 
@@ -34,7 +32,6 @@ def pages() -> dict[str, str]:
         "reference/schemas.md": schemas(),
         "reference/settings.md": settings(),
         "reference/problems.md": problems(),
-        "reference/commands.md": command_line(),
     }
 
 
@@ -97,25 +94,6 @@ def problems() -> str:
             for slug, statuses in sorted(found.items())
         ]
     )
-
-
-def command_line() -> str:
-    """Every command with its options, as `--help` has them."""
-    group = typer.main.get_command(commands)
-    lines = ["# Commands", "", (group.help or "").strip(), ""]
-    for name, command in _walk(group, "headwater"):
-        # a list of one paragraph each is how the terminal wants it
-        lines += [f"## `{name}`", "", re.sub(r"\n\n- ", "\n- ", (command.help or "").strip()), ""]
-        lines[-2] = re.sub(r"(?<=[^\n])\n- ", "\n\n- ", lines[-2], count=1)
-        shown = [option for option in command.params if not option.hidden and option.name != "help"]
-        if shown:
-            lines += _table("option", "default", "what it does")
-        for option in shown:
-            default = option.show_default if isinstance(option.show_default, str) else _value(option.default)
-            names = ", ".join(f"`{one}`" for one in (*option.opts, *option.secondary_opts))
-            lines.append(_row(names, "required" if option.required else default, option.help or ""))
-        lines.append("")
-    return _page(lines)
 
 
 def endpoints() -> str:
@@ -183,13 +161,6 @@ def schemas() -> str:
                 lines.append(_row(f"`{field}`", _type(raw), default, raw.get("description", "")))
             lines.append("")
     return _page(lines)
-
-
-def _walk(command: Any, name: str) -> Iterator[tuple[str, Any]]:
-    for part, one in getattr(command, "commands", {}).items():
-        if not one.hidden:
-            yield f"{name} {part}", one
-            yield from _walk(one, f"{name} {part}")
 
 
 def _refusals() -> Iterator[tuple[int, str]]:

@@ -32,7 +32,7 @@ def main(url: str) -> None:
         whole, part = f"{url}/#/ask?{urlencode(asked)}", f"{url}/#/ask?{urlencode({**asked, 'span': SPAN})}"
         take(browser, whole, "page-light", "light")
         take(browser, whole, "page-dark", "dark")
-        take(browser, part, "span-light", "light", words=True)
+        take(browser, part, "span-light", "light", height=1000, words=True)
         take(browser, part, "phone-dark", "dark", width=390, height=844, scroll="#said")
         browser.close()
 
@@ -57,8 +57,8 @@ def take(
         page.wait_for_selector(".tokens.still")
         for place in (0, 1):
             page.locator(".row").nth(place).get_by_role("checkbox").check()
-    if scroll:
-        page.locator(scroll).evaluate("(one) => scrollTo(0, one.getBoundingClientRect().top + scrollY - 40)")
+    top = "(one) => scrollTo(0, one.getBoundingClientRect().top + scrollY - 40)"
+    page.locator(scroll or "body").evaluate(top)
     page.mouse.move(0, 0)
     page.screenshot(path=IMAGES / f"{name}.png")
     page.close()

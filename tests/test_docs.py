@@ -10,7 +10,6 @@ import pytest
 import yaml
 
 from app.settings import Settings
-from tests.test_cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = json.loads((ROOT / "openapi/openapi.json").read_text(encoding="utf-8"))
@@ -39,12 +38,6 @@ def test_it_names_every_setting_with_its_explanation(reference: ModuleType) -> N
     for name, field in Settings.model_fields.items():
         assert f"| `HEADWATER_{name.upper()}` |" in text
         assert " ".join((field.description or "").split()).replace("|", "\\|") in text
-
-
-def test_it_names_every_command(reference: ModuleType) -> None:
-    text = reference.pages()["reference/commands.md"]
-    assert [command for command in COMMANDS if f"## `headwater {command}`" not in text] == []
-    assert "`--end-with-stdin`" not in text, "what is hidden from --help is hidden here"
 
 
 def test_it_names_every_operation_and_every_body(reference: ModuleType) -> None:

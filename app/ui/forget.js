@@ -20,7 +20,7 @@ export async function forgetDialog({ rows, index, body }) {
   const alert = h("div", { class: "note bad", role: "alert", hidden: true });
   const preview = h("div", { class: "preview", "aria-live": "polite" });
   const look = h("button", { type: "submit", class: "primary" }, "Preview");
-  const start = h("button", { type: "button", class: "primary", disabled: true, onclick: () => send(false) }, "Start");
+  const start = h("button", { type: "button", disabled: true, onclick: () => send(false) }, "Start");
   const close = h("button", { type: "button", class: "quiet", onclick: () => dialog.close() }, "Close");
   const more = h("details", {}, h("summary", {}, "Advanced"), method.element, heldout.element);
   const form = h(
@@ -30,7 +30,7 @@ export async function forgetDialog({ rows, index, body }) {
       send(true);
     }, oninput: () => {
       preview.replaceChildren();
-      start.disabled = true;
+      offer(false);
     } },
     h("h2", { id: "forget-title" }, `Forget ${many(rows.length, "row")}`),
     h("p", { class: "help" }, "Nothing happens until you start. First look at what would be forgotten."),
@@ -57,6 +57,7 @@ export async function forgetDialog({ rows, index, body }) {
 
   async function send(dry) {
     clear(fields, alert);
+    if (dry) preview.replaceChildren();
     const text = clean.control.value.trim();
     const request = {
       index: index.name,
@@ -73,7 +74,7 @@ export async function forgetDialog({ rows, index, body }) {
       const found = await post("/unlearn", request);
       if (dry) {
         preview.replaceChildren(told(found));
-        start.disabled = false;
+        preview.scrollIntoView({ block: "nearest" });
         say("The preview is there; nothing was changed.");
       } else {
         if (request.register_as && body.prompt) question.keep(request.register_as, body.prompt);
@@ -82,11 +83,18 @@ export async function forgetDialog({ rows, index, body }) {
       }
     } catch (error) {
       show(error, fields, alert);
-      start.disabled = dry || preview.childElementCount === 0;
     } finally {
       look.disabled = false;
       look.textContent = "Preview";
+      offer(preview.childElementCount > 0);
     }
+  }
+
+  /** Whether the next step is the doing, since there is a preview of just this, or the look. */
+  function offer(doing) {
+    start.disabled = !doing;
+    start.classList.toggle("primary", doing);
+    look.classList.toggle("primary", !doing);
   }
 }
 

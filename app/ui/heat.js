@@ -82,6 +82,7 @@ export class TokenMap {
     const byLoss = scores.length === 0;
     const most = strongest(byLoss ? losses : scores);
     let next = 0;
+    let best = [0, -1]; // the token that stands out, which is told until somebody looks at another
     this.words = [];
     this.tokens.forEach((token, place) => {
       const element = this.elements[place];
@@ -89,11 +90,12 @@ export class TokenMap {
       element.classList.toggle("loss", byLoss);
       const score = byLoss ? losses[place] : token.in_span ? scores[next++] : null;
       paint(element, score ?? 0, most);
+      if (Math.abs(score ?? 0) > best[1]) best = [place, Math.abs(score ?? 0)];
       const number = byLoss ? "" : score === null ? "not asked about, " : `${of} ${signed(score)}, `;
       this.words.push(`${number}surprise ${token.loss.toFixed(3)}`);
       element.setAttribute("aria-label", `${token.text.trim() || "space"}: ${this.words[place]}`);
     });
-    this.#tell(this.focus);
+    this.#tell(this.list.contains(document.activeElement) ? this.focus : best[0]);
   }
 
   /** Mark a stretch, from what an answer says or while it is drawn. */

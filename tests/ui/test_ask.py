@@ -55,6 +55,8 @@ def test_a_bad_answer_leads_to_the_rows_behind_it(look: Look, service: Api) -> N
     expect(first).to_contain_text(f"above {answer['proponents'][0]['percentile']:.1f} % of rows")
     assert tokens(page).count() == len(answer["tokens"])
     assert page.locator(".token.hot").count() > 0
+    strongest = max(answer["proponents"][0]["token_scores"], key=abs)
+    expect(page.locator(".readout")).to_contain_text(f"{abs(strongest):.3f}")
     expect(page.get_by_text("A score estimates how much training on a row")).to_be_visible()
     expect(page.get_by_role("status")).to_contain_text("rows found")
     for warning in answer["warnings"]:
