@@ -13,7 +13,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate stack test lint format typecheck openapi openapi-check audit check bench load faults ray lock clean
+.PHONY: help setup demo serve migrate stack test test-ui docs lint format typecheck openapi openapi-check audit check bench load faults ray lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -45,6 +45,20 @@ test: export OMP_NUM_THREADS = 1
 test: $(STAMP) ## run the tests (ARGS='-k name' for some of them; JOBS=1 in one process; four fill two cores, since many wait)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
+test-ui: export OMP_NUM_THREADS = 1
+test-ui: $(STAMP) $(VENV)/.with-ui ## walk the page in a real Chromium (apt-get install chromium), on a real service
+	$(BIN)/python -m pytest tests/ui $(ARGS)
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(STAMP) $(VENV)/.with-docs ## build the documentation into build/docs; a link or an anchor that leads nowhere is an error
+	$(BIN)/python -m mkdocs build $(ARGS)
+	@echo 'read it: $(PYTHON) -m http.server --directory build/docs 8400'
+
+# an extra that one target alone needs: make test-ui, make docs
+$(VENV)/.with-%: pyproject.toml constraints.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$*]'
+	@touch $@
+
 lint: $(STAMP) ## ruff's rules and format, and the import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,7 +81,7 @@ audit: ## look the pinned versions up in the published advisories (needs a netwo
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
 	@$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit
 
-check: lint typecheck openapi-check test ## all that CI runs
+check: lint typecheck openapi-check docs test ## all that CI runs, but for the browser (test-ui)
 
 bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
 	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
@@ -89,7 +103,7 @@ faults: $(STAMP) ## kill workers, stop servers, fill disks: print what each cost
 ray: $(STAMP) ## an index on a Ray cluster of three nodes: latency by number of shards, an actor and a node killed
 	$(BIN)/python benchmarks/sharded.py --json benchmarks/out/sharded.json $(ARGS)
 
-lock: $(STAMP) ## write the versions installed in .venv to constraints.txt
+lock: $(STAMP) $(VENV)/.with-ui $(VENV)/.with-docs ## write the versions installed in .venv to constraints.txt
 	@{ sed -n '/^#/p' constraints.txt; $(BIN)/python -m pip freeze --exclude-editable --exclude pip --exclude setuptools | sed -E '/^#/d; s/^(torch==[0-9.]+)\+.*/\1/'; } > constraints.new
 	@mv constraints.new constraints.txt && touch $(STAMP)
 

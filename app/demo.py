@@ -276,6 +276,7 @@ class Demo:
         say = self.console.print
         say()
         self.console.rule("[bold]The service stays up[/bold]", align="left")
+        say(f"The page     {self.url}/")
         say(f"Swagger UI   {self.url}/docs")
         say("Ask it       ", end="")
         quoted = body.replace("'", "'\\''")

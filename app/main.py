@@ -22,6 +22,7 @@ from app.api import (
     influence,
     jobs,
     models,
+    ui,
     unlearn,
     valuation,
     valuations,
@@ -98,6 +99,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         artifacts,
         health,
         docs,
+        ui,
     ):
         app.include_router(resource.router)
     problems.install(app)

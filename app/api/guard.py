@@ -12,7 +12,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Send
 from starlette.types import Scope as Connection
 
-from app.api import docs, quotas
+from app.api import docs, quotas, ui
 from app.api.callers import Caller, Kind, unnamed
 from app.api.services import Services
 from app.catalog.tables import ApiKey
@@ -20,7 +20,7 @@ from app.catalog.types import Scope
 from app.problems import Refusal, respond
 from app.settings import Settings
 
-OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", docs.PAGE, *docs.ASSETS.values()))
+OPEN = frozenset(("/healthz", "/readyz", "/openapi.json", docs.PAGE, *docs.ASSETS.values(), ui.PAGE, *ui.ASSETS))
 METRICS = "/metrics"
 SELECT = "/valuation/select"
 BY_METHOD = {"GET": Scope.READ, "HEAD": Scope.READ, "POST": Scope.WRITE}
