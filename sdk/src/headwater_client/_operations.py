@@ -153,6 +153,12 @@ def query_influence_batch(
     return Request(_as(models.InfluenceBatch), body=_given(index=index, queries=queries, **fields))
 
 
+@operation("POST", "/influence/chat-completion", asks=True)
+def query_chat_completion(index: str, **fields: Unpack[given.ChatFields]) -> Request[models.Influence]:
+    """The training rows behind a logged chat completion: an OpenAI `request` and `response`, or a `logged` line."""
+    return Request(_as(models.Influence), body=_given(index=index, **fields))
+
+
 # --- models
 
 

@@ -149,6 +149,7 @@ class Client:
 
     influence = Blocking(operations.query_influence)
     influence_batch = Blocking(operations.query_influence_batch)
+    influence_chat = Blocking(operations.query_chat_completion)
     unlearn = Submitting(operations.unlearn_rows, _result)
     preview_unlearn = Blocking(operations.preview_unlearn)
     is_alive = Blocking(operations.is_alive)
@@ -194,6 +195,7 @@ class AsyncClient:
 
     influence = Awaiting(operations.query_influence)
     influence_batch = Awaiting(operations.query_influence_batch)
+    influence_chat = Awaiting(operations.query_chat_completion)
     unlearn = AwaitingSubmission(operations.unlearn_rows, _result)
     preview_unlearn = Awaiting(operations.preview_unlearn)
     is_alive = Awaiting(operations.is_alive)

@@ -8,14 +8,14 @@ HeadwaterError
 ├── JobTimeout                 a job had not ended in the time that `wait` was given; it goes on
 ├── PackageMissing             `plot` or `to_pandas` without its package
 └── Problem                    the service refused (RFC 9457); a type that is not below is raised as this class
-    ├── InvalidRequest         invalid-request, bad-cursor, unprocessable-content; `errors` names the fields
+    ├── InvalidRequest         invalid-request, bad-cursor, ...; `errors` names the fields
     │   ├── BadQuery           bad-query, bad-chat: a generation or a logged chat that cannot be attributed
     │   ├── BadRow             bad-row, bad-file: training rows that cannot be read
     │   ├── BadModel           bad-model: not a model folder that is loaded
     │   ├── BadIndex           bad-index: an index asked for with impossible settings
     │   ├── BadPath            bad-path, path-missing, path-not-allowed: a path on the server
     │   └── BadIdempotencyKey  bad-idempotency-key, idempotency-key-reused
-    ├── TooLarge               too-large, too-many-rows, content-too-large
+    ├── TooLarge               too-large, too-many-rows
     ├── Unauthorized           unauthorized: no API key, or one that is not known
     ├── MissingScope           missing-scope: the key may not do this
     ├── NotFound               not-found
@@ -114,7 +114,6 @@ class InvalidRequest(Problem):
         "invalid-request",
         "bad-cursor",
         "bad-request",
-        "unprocessable-content",
         "unsupported-media-type",
     )
 
@@ -158,7 +157,7 @@ class BadIdempotencyKey(InvalidRequest):
 class TooLarge(Problem):
     """More than the service takes."""
 
-    slugs: ClassVar[tuple[str, ...]] = ("too-large", "too-many-rows", "content-too-large")
+    slugs: ClassVar[tuple[str, ...]] = ("too-large", "too-many-rows")
 
 
 class Unauthorized(Problem):

@@ -62,6 +62,16 @@ class InfluenceFields(Query, Options, Extra, total=False):
     """Fields of `POST /influence` beside `index`."""
 
 
+class ChatFields(Options, Extra, total=False):
+    """Fields of `POST /influence/chat-completion` beside `index`: `request` and `response`, or `logged`."""
+
+    request: Mapping[str, Any] | None
+    response: Mapping[str, Any] | None
+    logged: Mapping[str, Any] | str | None
+    choice: int | None
+    span: tuple[int, int] | None
+
+
 class CheckpointFields(TypedDict):
     """One checkpoint of a run: an adapter on the base, or a whole model folder."""
 

@@ -39,6 +39,13 @@ class Health(Answer):
     status: str
 
 
+class FieldFault(Answer):
+    """One thing that is wrong with a request."""
+
+    field: str
+    message: str
+
+
 class ProblemDetails(Answer):
     """Why one query of a batch has no answer (RFC 9457)."""
 
@@ -46,7 +53,7 @@ class ProblemDetails(Answer):
     title: str
     status: int
     detail: str
-    errors: list[dict[str, Any]] = []
+    errors: list[FieldFault] = []
     request_id: str | None = None
 
 
