@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.cli.reference import TARGET, render
 from app.settings import Settings
 
 SERVING = ("serve", "worker", "migrate", "stack", "demo", "value-file", "keys", "settings", "openapi")
@@ -142,3 +143,7 @@ def test_a_file_that_cannot_be_valued_is_said(run: CliRunner, arguments: list[st
     done = run.invoke(app, ["value-file", *arguments])
     assert done.exit_code == 1
     assert said in done.output
+
+
+def test_the_page_about_the_commands_is_their_help() -> None:
+    assert TARGET.read_text(encoding="utf-8") == render(), "it drifted: run `make openapi`"
