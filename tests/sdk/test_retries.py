@@ -111,6 +111,13 @@ def test_what_may_have_been_done_is_not_done_again() -> None:
     assert [request.method for request in sent.sent] == ["GET", "POST"]
 
 
+def test_what_a_proxy_lost_may_have_been_done() -> None:
+    client, sent = scripted(answer(JOB), httpx2.Response(504, text="<html>"))
+    with pytest.raises(errors.Problem):
+        client.jobs.get("job_1").cancel()
+    assert len(sent.sent) == 2
+
+
 def test_what_was_surely_not_done_is_tried_again() -> None:
     client, _ = scripted(answer(JOB), httpx2.ConnectError("restarting"), answer({**JOB, "state": "cancelled"}))
     assert client.jobs.get("job_1").cancel().state == "cancelled"
@@ -175,6 +182,15 @@ def test_a_lost_stream_is_taken_up_behind_its_last_event(slept: list[float]) -> 
     assert [info.version for info in client.jobs.get("job_1").events()] == [4, 5, 9]
     assert [request.headers.get("Last-Event-ID") for request in sent.sent[1:]] == [None, "4", "4", "5"]
     assert slept == [1.0, 2.0, 1.0]
+
+
+def test_events_of_other_names_are_passed_over_and_what_is_no_job_is_said() -> None:
+    other = b"event: hint\ndata: later\n\n"
+    client, _ = scripted(answer(JOB), stream(other + event(4, "succeeded", "end")))
+    assert [info.version for info in client.jobs.get("job_1").events()] == [4]
+    client, _ = scripted(answer(JOB), stream(b"event: end\ndata: {}\n\n"))
+    with pytest.raises(errors.UnexpectedAnswer):
+        list(client.jobs.get("job_1").events())
 
 
 def test_a_stream_that_is_never_there_is_given_up() -> None:

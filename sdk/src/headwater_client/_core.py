@@ -17,6 +17,7 @@ from typing import Any, Protocol, TypeVar
 from uuid import uuid4
 
 import httpx2
+from pydantic import ValidationError
 
 from headwater_client import _operations as operations
 from headwater_client._operations import Call
@@ -25,6 +26,8 @@ from headwater_client.models import JobInfo, Page
 
 T = TypeVar("T")
 LATER = (429, 502, 503, 504)
+UNDONE = (429, 503)
+"""Of these, what the service says before it does anything; a proxy says the others when it lost the answer."""
 UNSENT = (httpx2.ConnectError, httpx2.ConnectTimeout, httpx2.PoolTimeout)
 """Failures after which the service cannot have done anything."""
 IN_FLIGHT = "request-in-flight"
@@ -83,7 +86,7 @@ class Core:
             if not response.is_error:
                 return call.request.read(response)
             refused = refusal(response)
-            wait = self._wait(refused, attempt)
+            wait = self._wait(refused, attempt, call.repeatable)
             if wait is None:
                 raise refused
             await self.transport.sleep(wait)
@@ -100,9 +103,10 @@ class Core:
             options |= {"data": request.body, "files": {"file": file}}
             return await self.transport.send(call.method, call.url, options)
 
-    def _wait(self, refused: Problem, attempt: int) -> float | None:
+    def _wait(self, refused: Problem, attempt: int, repeatable: bool) -> float | None:
         """How long to wait before the next attempt; None: there is none."""
-        if attempt == self.retries or not (refused.status in LATER or refused.slug == IN_FLIGHT):
+        again = refused.status in (LATER if repeatable else UNDONE) or refused.slug == IN_FLIGHT
+        if attempt == self.retries or not again:
             return None
         wait = _backoff(attempt) if refused.retry_after is None else refused.retry_after
         return wait if wait <= self.longest_wait_s else None
@@ -132,7 +136,8 @@ class Core:
                     async for event in self.transport.events(response):
                         seen, failures = event.id or seen, 0
                         pause = event.retry / 1000 if event.retry is not None else pause
-                        yield JobInfo.model_validate_json(event.data)
+                        if event.event in ("progress", "end"):
+                            yield _told(event.data)
                         if event.event == "end":
                             return
             except (httpx2.TransportError, Problem) as error:
@@ -168,13 +173,20 @@ class Core:
                     raise _no_answer(call, error) from error
                 await self.transport.sleep(_backoff(attempt))
             except Problem as refused:
-                wait = self._wait(refused, attempt)
+                wait = self._wait(refused, attempt, repeatable=True)
                 if wait is None:
                     raise
                 await self.transport.sleep(wait)
             else:
                 part.replace(target)
                 return
+
+
+def _told(data: str) -> JobInfo:
+    try:
+        return JobInfo.model_validate_json(data)
+    except ValidationError as error:
+        raise UnexpectedAnswer(f"an event does not tell of a job as Headwater does: {data[:200]}") from error
 
 
 def _backoff(attempt: int) -> float:

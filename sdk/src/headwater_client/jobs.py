@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing
 from html import escape
 from pathlib import Path, PurePosixPath
 from typing import Generic, Self, TypeVar
@@ -78,9 +79,10 @@ class _Handle(Generic[Accepted, Made]):
         return await self._core.call(self._made(self.info))
 
     async def _events(self) -> AsyncGenerator[JobInfo, None]:
-        async for info in self._core.events(self.id):
-            self.info = info
-            yield info
+        async with aclosing(self._core.events(self.id)) as events:
+            async for info in events:
+                self.info = info
+                yield info
 
     async def _change(self, call: Call[JobInfo]) -> None:
         self.info = await self._core.call(call)
