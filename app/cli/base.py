@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,13 +20,14 @@ from app.terminal import JobBars
 
 if TYPE_CHECKING:
     from app.catalog.database import Database
-    from headwater_client import Client, Job
+    from headwater_client import Client, Job, JobInfo
     from headwater_client.fields import CheckpointFields
 
 Result = TypeVar("Result")
 FAILED, REFUSED, UNREACHABLE, JOB_FAILED = 1, 3, 4, 5
 """Exit codes; 2 is a command line that cannot be understood."""
 RETRIES = 2  # somebody sits there and waits
+PATIENCE_S = 300.0  # while a job is followed
 ABOUT = """Which training samples led this language model to say this?
 
 Headwater keeps a compressed gradient of every training sample in a FAISS index, turns a generation into gradients of
@@ -89,9 +91,25 @@ def service(url: str | None, api_key: str | None) -> Iterator["Client"]:
 
 
 def follow(job: "Job[Any, Result]") -> None:
-    """Show a job on standard error until it has succeeded."""
+    """Show a job on standard error until it has succeeded; a service that restarts meanwhile is waited for."""
+    from headwater_client.errors import ConnectionFailed
+
+    answered = time.monotonic()
     with JobBars(errors) as bars:
-        job.wait(progress=lambda info: bars.show(info.progress.model_dump() if info.progress else None, info.state))
+
+        def show(info: "JobInfo") -> None:
+            nonlocal answered
+            answered = time.monotonic()
+            bars.show(info.progress.model_dump() if info.progress else None, info.state)
+
+        while True:
+            try:
+                job.wait(progress=show)
+            except ConnectionFailed:
+                if time.monotonic() - answered > PATIENCE_S:
+                    raise
+            else:
+                return
 
 
 def print_json(value: Any) -> None:
