@@ -83,12 +83,12 @@ def doctor(
 def _print(found: list[Finding], estimate: dict[str, Any] | None) -> None:
     console = Console(highlight=False)
     for one in found:
-        line = Text.assemble((f"{one.state:<5}", STYLES[one.state]), f"{one.what:<14}", one.said)
+        line = Text.assemble((f"{one.state:<5}", STYLES[one.state]), f"{one.what:<19}", one.said)
         console.print(line, soft_wrap=True)
     if estimate is not None:
         console.print("\n[bold]The build[/bold]")
         for name, said in estimate["told"].items():
-            console.print(Text(f"     {name:<14}{said}"), soft_wrap=True)
+            console.print(Text(f"     {name:<19}{said}"), soft_wrap=True)
 
 
 def _machine() -> Iterator[Finding]:

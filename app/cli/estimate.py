@@ -6,6 +6,7 @@ import struct
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import torch
 
 from app.cli.base import checkpoint, fail, human
+from app.cli.local import quietly
 from app.influence.building import NUMBERS, batches
-from app.influence.corpus import Example, read_rows
-from app.influence.errors import HeadwaterError, RowError
+from app.influence.corpus import Example, Row, read_rows
+from app.influence.errors import RowError
 from app.influence.gradients import gradients, plan_for
 from app.influence.index import IndexSpec
 from app.influence.models import Checkpoint, LoadedModel, ModelSpec, load
@@ -44,7 +46,7 @@ def estimate_build(asked: Asked, measured: bool) -> dict[str, Any]:
     """Rows, tokens, size on disk, memory and time; `told` has them in words, each with how it is known."""
     if asked.threads:
         torch.set_num_threads(asked.threads)
-    try:
+    with quietly():
         rows = list(read_rows(asked.rows))
         if not measured:
             return _computed(asked, len(rows))
@@ -52,20 +54,20 @@ def estimate_build(asked: Asked, measured: bool) -> dict[str, Any]:
         run = tuple(Checkpoint(one["name"], Path(one.get("adapter") or "")) for one in named)
         model = load(ModelSpec(asked.model, checkpoints=run, device=asked.device))
         spec = IndexSpec(projection=ProjectionSpec(size=asked.size), max_length=asked.max_length)
-        encoder = model.encoder(spec.template, spec.max_length)
-        examples = []
-        for row in rows:
-            try:
-                examples.append(encoder.encode(row))
-            except RowError:  # kept without a gradient
-                continue
+        examples = _encoded(model, rows, spec)
         if not examples:
             fail("no row has a response token within --max-length")
         return _measured(model, spec, examples, len(rows))
-    except HeadwaterError as error:
-        fail(error.detail)
-    except OSError as error:
-        fail(str(error))
+
+
+def _encoded(model: LoadedModel, rows: Sequence[Row], spec: IndexSpec) -> list[Example]:
+    """As a build encodes them; a row without a token to predict is kept there without a gradient."""
+    encoder = model.encoder(spec.template, spec.max_length)
+    found = []
+    for row in rows:
+        with suppress(RowError):
+            found.append(encoder.encode(row))
+    return found
 
 
 def _computed(asked: Asked, rows: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.utils import logging
 
 from app.cli.base import errors, fail
 from app.influence.building import Progress
@@ -32,8 +33,9 @@ MODEL, ROWS = "model.json", "rows.jsonl"
 
 
 @contextmanager
-def _refusals() -> Iterator[None]:
-    """Whatever the library refuses ends the command with one line."""
+def quietly() -> Iterator[None]:
+    """Whatever the library refuses ends the command with one line; no bar but ours is shown."""
+    logging.disable_progress_bar()
     try:
         yield
     except HeadwaterError as error:
@@ -58,7 +60,7 @@ def build(
     run = tuple(
         Checkpoint(one["name"], Path(one.get("adapter") or ""), weight=one.get("weight", 1.0)) for one in checkpoints
     )
-    with _refusals():
+    with quietly():
         rows = _unique(read_rows(dataset))
         held = _unique(read_rows(Path(heldout))) if heldout else []
         spec = ModelSpec(model.resolve(), checkpoints=run)
@@ -94,7 +96,7 @@ def ask(
         torch.set_num_threads(threads)
     if not (folder / MODEL).is_file():
         fail(f"{folder} is no index of `headwater index build --local`")
-    with _refusals():
+    with quietly():
         model = load(model_from_json(json.loads((folder / MODEL).read_text(encoding="utf-8"))))
         index = open_index(folder)
         rows = {row.id: row for row in _kept(folder)}

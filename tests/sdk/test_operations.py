@@ -87,6 +87,7 @@ def test_the_two_clients_have_the_same_methods() -> None:
 def test_a_request_has_the_fields_that_the_service_takes(name: str) -> None:
     body = SERVED[name][2]["requestBody"]["content"]["application/json"]["schema"]
     served = set(resolved(body)["properties"])
+    assert name in BODIES, "an operation with a body: say here which keyword arguments it takes"
     taken, besides = BODIES[name]
     said = f"a line in headwater_client/fields.py, {taken.__name__}"
     assert set(taken.__annotations__) | inherited(taken) - OURS | besides >= served, said
