@@ -224,6 +224,7 @@ async def test_the_blocking_client_works_where_a_loop_runs(service: Api) -> None
 def test_methods_have_the_words_and_the_arguments_of_their_operations(client: Client) -> None:
     assert "page" in (inspect.getdoc(client.models.list) or "")
     assert list(inspect.signature(client.datasets.upload).parameters)[:2] == ["name", "rows"]
+    assert {"index", "top_k", "span", "extra"} <= set(inspect.signature(client.influence).parameters)
 
 
 def test_no_variable_of_the_tests_leads_elsewhere() -> None:

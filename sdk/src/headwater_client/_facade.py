@@ -1,6 +1,8 @@
 """Operations as methods of the clients: blocking or to be awaited, an answer, pages, or a job."""
 
 import functools
+import inspect
+import typing
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar
 
@@ -31,9 +33,28 @@ class Described(Generic[P, T]):
     def __init__(self, operation: Operation[P, T]) -> None:
         self.operation = operation
         self.__doc__ = operation.build.__doc__
+        self._signature = _spelt_out(operation.build)
 
-    def _named(self, call: Callable[..., Any]) -> Any:
-        return functools.update_wrapper(call, self.operation.build)
+    def _named(self, call: Any) -> Any:
+        functools.update_wrapper(call, self.operation.build)
+        call.__signature__ = self._signature
+        return call
+
+
+def _spelt_out(build: Callable[..., Any]) -> inspect.Signature:
+    """The signature with each field of a request by its name, so that a notebook can complete it."""
+    signature = inspect.signature(build)
+    parameters: list[inspect.Parameter] = []
+    for one in signature.parameters.values():
+        if one.kind is not one.VAR_KEYWORD:
+            parameters.append(one)
+            continue
+        (fields,) = typing.get_args(one.annotation)
+        parameters += [
+            inspect.Parameter(name, one.KEYWORD_ONLY, default=None, annotation=hint)
+            for name, hint in typing.get_type_hints(fields).items()
+        ]
+    return signature.replace(parameters=parameters, return_annotation=inspect.Signature.empty)
 
 
 class Blocking(Described[P, T]):
