@@ -147,7 +147,8 @@ def references(node: Any) -> Iterator[str]:
 
 
 def resolved(schema: Any) -> Any:
-    return SCHEMAS[schema["$ref"].rpartition("/")[2]] if "$ref" in schema else schema
+    whole = next((one for one in schema.get("anyOf", ()) if "$ref" in one), schema)  # a body that may be left out
+    return SCHEMAS[whole["$ref"].rpartition("/")[2]] if "$ref" in whole else whole
 
 
 def answers() -> Iterator[tuple[Operation[Any, Any], Any]]:
