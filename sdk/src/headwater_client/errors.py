@@ -21,7 +21,7 @@ HeadwaterError
     ├── NotFound               not-found
     ├── Conflict               conflict, request-in-flight: its state does not allow this now
     │   ├── AlreadyExists      already-exists: the name is taken
-    │   ├── IndexUnusable      index-missing, index-corrupt, model-mismatch: repair or rebuild the index
+    │   └── IndexUnusable      index-missing, index-corrupt, model-mismatch: repair or rebuild the index
     ├── QuotaExceeded          quota-exceeded, above-quota
     ├── Unavailable            busy, not-ready, shutting-down, database-away, wrong-schema, shards-missing,
     │                          builders-missing: later it may work; retried already
