@@ -76,7 +76,7 @@ audit: ## look the pinned versions up in the published advisories (needs a netwo
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
 	@$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit
 
-check: lint typecheck openapi-check test ## all that CI runs
+check: lint typecheck openapi-check sdk test ## all that CI runs
 
 bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
 	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
