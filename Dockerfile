@@ -33,6 +33,7 @@ RUN python3 -c "import sys, tomllib; p = tomllib.load(open('pyproject.toml', 'rb
 COPY README.md LICENSE ./
 COPY migrations ./migrations
 COPY workers ./workers
+COPY sdk ./sdk
 COPY app ./app
 RUN /opt/headwater/bin/pip install --no-deps .
 

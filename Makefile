@@ -6,6 +6,7 @@ EXTRAS ?= cpu,otel,ray,dev
 JOBS   ?= 4
 BIN    := $(VENV)/bin
 AUDIT  := $(VENV)-audit
+SDK    := $(VENV)-sdk
 STAMP  := $(VENV)/.set-up
 
 # Nothing is ever fetched from a model hub, and tokenizers start no threads of their own beside torch's.
@@ -13,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate stack test test-ui docs lint format typecheck openapi openapi-check audit check bench load faults ray lock clean
+.PHONY: help setup demo serve migrate stack test test-ui docs lint format typecheck openapi openapi-check sdk audit check bench load faults ray lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,20 +69,28 @@ format: $(STAMP) ## let ruff repair and format everything
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-typecheck: $(STAMP) ## mypy --strict on app/ and workers/
+typecheck: $(STAMP) ## mypy --strict on app/, workers/ and sdk/
 	$(BIN)/mypy
 
-openapi: $(STAMP) ## write openapi/openapi.json, the document as served
+openapi: $(STAMP) ## write openapi/openapi.json, the document as served, and docs/cli.md, the commands' help
 	$(BIN)/headwater openapi --write
+	$(BIN)/python -m app.cli.reference
 
 openapi-check: $(STAMP) ## fail when openapi/openapi.json is not the document that is served
 	$(BIN)/headwater openapi --check
+
+sdk: ## build the SDK's wheel into dist/sdk, install it into an empty environment and use it there, where no torch is
+	rm -rf $(SDK) dist/sdk
+	$(PYTHON) -m venv $(SDK)
+	$(SDK)/bin/python -m pip wheel --quiet --no-deps --wheel-dir dist/sdk ./sdk
+	$(SDK)/bin/python -m pip install --quiet --constraint constraints.txt dist/sdk/headwater_client-*.whl
+	$(SDK)/bin/python -I .ci/sdk.py
 
 audit: ## look the pinned versions up in the published advisories (needs a network)
 	@test -x $(AUDIT)/bin/pip-audit || { $(PYTHON) -m venv $(AUDIT) && $(AUDIT)/bin/pip install --quiet pip-audit==2.10.1; }
 	@$(PYTHON) .ci/audit.py $(AUDIT)/bin/pip-audit
 
-check: lint typecheck openapi-check docs test ## all that CI runs, but for the browser (test-ui)
+check: lint typecheck openapi-check sdk docs test ## all that CI runs, but for the browser (test-ui)
 
 bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
 	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
@@ -108,5 +117,5 @@ lock: $(STAMP) $(VENV)/.with-ui $(VENV)/.with-docs ## write the versions install
 	@mv constraints.new constraints.txt && touch $(STAMP)
 
 clean: ## remove .venv and every cache; what the demo and the service keep (.headwater, data) stays
-	rm -rf $(VENV) $(AUDIT) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis dist build
+	rm -rf $(VENV) $(AUDIT) $(SDK) .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis .schemathesis dist build
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

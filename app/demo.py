@@ -31,7 +31,7 @@ from app.processes import (
     tail,
     terminated_like_interrupted,
 )
-from app.terminal import HeatMap, Line, hits_table, job_progress, pace
+from app.terminal import HeatMap, JobBars, Line, hits_table
 
 FILES = ROOT / "demo"
 CHECKPOINTS = {"early": 1.0, "late": 1.0}
@@ -199,25 +199,13 @@ class Demo:
         self._index(client)
 
     def _follow(self, client: "Client", job: Json) -> None:
-        """Show a job until it has succeeded: a bar in a terminal, a line now and then elsewhere."""
-        bars = job_progress(self.console)
-        stage, task, said = "", None, 0.0
-        with bars:
+        """Show a job until it has succeeded."""
+        with JobBars(self.console) as bars:
             while job["state"] in ("queued", "running"):
-                if (now := job["progress"]) is not None:
-                    if now["stage"] != stage:
-                        stage, task = now["stage"], bars.add_task(now["stage"], total=now["total"])
-                    if task is not None:
-                        bars.update(task, completed=now["done"], **{key: now[key] for key in ("rate", "eta_s", "unit")})
-                    if not self.console.is_terminal and time.monotonic() - said > 10:
-                        said = time.monotonic()
-                        rest = pace(now["rate"], now["eta_s"], now["unit"])
-                        self.console.print(f"  {stage} {now['done']}/{now['total']} {now['unit']} {rest}")
+                bars.show(job["progress"], job["state"])
                 time.sleep(POLL_S)
                 job = client.call("GET", f"/jobs/{job['id']}")
-            if job["state"] == "succeeded":
-                for one in bars.tasks:
-                    bars.update(one.id, completed=one.total, rate=None, eta_s=None)
+            bars.show(job["progress"], job["state"])
         if job["state"] != "succeeded":
             why = (job["error"] or {}).get("detail", "no reason was given")
             raise DemoError(f"the build {job['state']}: {why}")

@@ -48,8 +48,9 @@ log = structlog.get_logger(__name__)
 UPLOAD_S = 3600.0  # longer than any upload takes
 ABOUT = """Which training samples led this language model to say this?
 
-Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation.
-Everything long is a job: `202`, a `Location`, an id. Every error is `application/problem+json` (RFC 9457)."""
+Register a **model** and its **dataset**, build an **index** (a job), then ask **/influence** about a generation: each
+operation below has examples to start from. Everything long is a job: `202`, a `Location`, an id. Every error is
+`application/problem+json` (RFC 9457)."""
 UNTRACED = ("/healthz", "/readyz", "/metrics")
 
 
@@ -75,6 +76,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         title="Headwater",
         version=VERSION,
         description=ABOUT,
+        openapi_tags=documents.TAGS,
         lifespan=lifespan,
         docs_url=None,
         redoc_url=None,

@@ -4,14 +4,16 @@ Nothing is said by colour alone: under each token stands a bar, and under a term
 digit, so that a log file or a colour-blind reader sees the same.
 """
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Self
 
 from rich.cells import cell_len
 from rich.color import Color
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
 from rich.style import Style
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +21,7 @@ from rich.text import Text
 BARS = "▁▂▃▄▅▆▇█"
 DIGITS = "12345678"
 COLD, NEUTRAL, WARM = (110, 160, 230), (235, 235, 235), (255, 140, 50)
+EVERY_S = 10.0  # between lines, where there is no terminal
 FAINT = 0.04
 """Below this share of the largest score a token is left plain."""
 
@@ -117,6 +120,40 @@ def job_progress(console: Console) -> Progress:
     """A bar for a job."""
     bar = BarColumn(bar_width=30)
     return Progress(TextColumn("{task.description:<10}"), bar, MofNCompleteColumn(), Meter(), console=console)
+
+
+class JobBars:
+    """A job as it goes: a bar a stage in a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bars = job_progress(console)
+        self._stage, self._task, self._said = "", TaskID(0), time.monotonic()
+
+    def __enter__(self) -> Self:
+        """Show bars for as long as the block lasts."""
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_raised: object) -> None:
+        """Leave them as they are."""
+        self._bars.stop()
+
+    def show(self, now: Mapping[str, Any] | None, state: str) -> None:
+        """The job's progress, as the service has it, and its state."""
+        if state == "succeeded":
+            for one in self._bars.tasks:
+                self._bars.update(one.id, completed=one.total, rate=None, eta_s=None)
+            return
+        if now is None:
+            return
+        if now["stage"] != self._stage:
+            self._stage, self._task = now["stage"], self._bars.add_task(now["stage"], total=now["total"])
+        self._bars.update(self._task, completed=now["done"], **{key: now[key] for key in ("rate", "eta_s", "unit")})
+        if not self._console.is_terminal and time.monotonic() - self._said > EVERY_S:
+            self._said = time.monotonic()
+            rest = pace(now["rate"], now["eta_s"], now["unit"])
+            self._console.print(f"  {self._stage} {now['done']}/{now['total']} {now['unit']} {rest}")
 
 
 def pace(rate: float | None, eta_s: float | None, unit: str) -> str:

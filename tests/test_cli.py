@@ -8,9 +8,18 @@ import pytest
 from typer.testing import CliRunner
 
 from app.cli import app
+from app.cli.reference import TARGET, render
 from app.settings import Settings
 
-COMMANDS = ("serve", "worker", "migrate", "stack", "demo", "value-file", "keys", "settings", "openapi")
+SERVING = ("serve", "worker", "migrate", "stack", "demo", "value-file", "keys", "settings", "openapi")
+COMMANDS = (*SERVING, "influence", "index", "models", "datasets", "unlearn", "value", "jobs", "doctor")
+PARTS = {
+    "keys": ("create", "list", "revoke", "quota"),
+    "index": ("build", "add", "rm", "ls", "show"),
+    "models": ("ls", "add", "show"),
+    "datasets": ("ls", "add", "show"),
+    "jobs": ("ls", "watch", "cancel", "retry", "fetch"),
+}
 
 
 @pytest.fixture
@@ -29,6 +38,20 @@ def test_help_names_every_command(run: CliRunner) -> None:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_has_an_example(run: CliRunner, command: str) -> None:
     assert f"headwater {command}" in run.invoke(app, [command, "--help"]).output
+
+
+@pytest.mark.parametrize(("group", "command"), [(group, one) for group, all_ in PARTS.items() for one in all_])
+def test_the_help_of_a_part_of_a_command_has_an_example(run: CliRunner, group: str, command: str) -> None:
+    assert f"headwater {group} {command}" in run.invoke(app, [group, command, "--help"]).output
+
+
+def test_every_command_is_listed_here() -> None:
+    found = {str(one.name or (one.callback and one.callback.__name__)) for one in app.registered_commands}
+    groups = {str(one.info.name): one for group in app.registered_groups if (one := group.typer_instance)}
+    assert found | set(groups) == set(COMMANDS)
+    assert {name: {one.name for one in group.registered_commands} for name, group in groups.items()} == {
+        group: set(commands) for group, commands in PARTS.items()
+    }
 
 
 def test_settings_lists_every_setting(run: CliRunner) -> None:
@@ -120,3 +143,7 @@ def test_a_file_that_cannot_be_valued_is_said(run: CliRunner, arguments: list[st
     done = run.invoke(app, ["value-file", *arguments])
     assert done.exit_code == 1
     assert said in done.output
+
+
+def test_the_page_about_the_commands_is_their_help() -> None:
+    assert TARGET.read_text(encoding="utf-8") == render(), "it drifted: run `make openapi`"

@@ -27,6 +27,7 @@ from app.api.schemas.filters import EXAMPLE, FILTER, parse_text
 from app.api.services import Cursor, Limit, Reading, Services, Use
 from app.catalog.tables import Dataset
 from app.catalog.types import new_id
+from app.influence.arrow import arrow_files
 from app.influence.corpus import Columns
 from app.problems import Refusal
 
@@ -70,6 +71,9 @@ BODY: dict[str, Any] = {
 @router.post("", status_code=201, responses=problems(400, 409, 413, 415, 507), openapi_extra=BODY)
 async def create_dataset(request: Request, services: Use, response: Response) -> DatasetOut:
     """Store training rows: an uploaded file, or one that lies on the server.
+
+    On the server it may also be a folder that Hugging Face `datasets` saved (`save_to_disk`); of one with splits, name
+    a split's folder.
 
     Alpaca (`instruction, input, output`), Dolly (`instruction, context, response`), prompt and response, chat
     `messages` and plain `text` are recognised; `columns` renames. A bad row refuses the whole file and is named by
@@ -133,12 +137,16 @@ async def list_samples(
 async def _register(request: Request, services: Services) -> Dataset:
     body = _valid(DatasetIn, await _json(request))
     path = paths.resolve(body.path, services.settings.roots, "path")
-    _require_suffix(path.name, "path")
-    if not path.is_file():
+    if path.is_dir():
+        files = await asyncio.to_thread(arrow_files, path)
+    else:
+        _require_suffix(path.name, "path")
+        files = [path]
+    if not all(file.is_file() for file in files):
         raise Refusal(422, "path-missing", f"{body.path!r} is not a file", field="path")
-    if path.stat().st_size > services.settings.max_body_bytes:
+    if sum(file.stat().st_size for file in files) > services.settings.max_body_bytes:
         limit = services.settings.max_body_bytes
-        raise Refusal(413, "too-large", f"a file may have at most {limit:,} bytes", field="path")
+        raise Refusal(413, "too-large", f"a dataset's files may have at most {limit:,} bytes", field="path")
     async with services.database.catalog() as catalog:
         await catalog.datasets.require_free(body.name)
     return await _store(services, path, body, source=str(path))

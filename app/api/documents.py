@@ -7,6 +7,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
 
+from app.api import examples
 from app.api.guard import needed
 from app.api.schemas.datasets import DatasetIn
 from app.catalog.types import Scope
@@ -34,6 +35,29 @@ SCHEMES = {
     },
     "header": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key, sent this way."},
 }
+TAGS = [
+    {"name": "influence", "description": "The main job: which training rows made the model say this?"},
+    {
+        "name": "models",
+        "description": "A checkpoint with its adapters, registered once: loaded, checked, told module by module.",
+    },
+    {"name": "datasets", "description": "Training rows, uploaded or on the server, each with a stable id."},
+    {
+        "name": "indexes",
+        "description": "A compressed gradient of each row of a dataset under a model; built once, by a job.",
+    },
+    {"name": "unlearning", "description": "Rows that a model is to forget: a job that makes an adapter and a report."},
+    {
+        "name": "valuation",
+        "description": "What candidates are worth to train on: a job that makes scores and a report.",
+    },
+    {
+        "name": "jobs",
+        "description": "Whatever takes long: look, watch as events, cancel, run again, fetch what was made.",
+    },
+    {"name": "health", "description": "For whoever runs the service."},
+]
+"""The groups of operations, in the order in which somebody new meets them."""
 UNUSED = ("HTTPValidationError", "ValidationError")
 
 
@@ -75,6 +99,7 @@ def document(app: FastAPI) -> dict[str, Any]:
                 operation["responses"]["400"] = _problem(400)
             _lock(operation, needed(method.upper(), path))
     made["components"]["securitySchemes"] = SCHEMES
+    examples.add(made)
     app.openapi_schema = made
     return made
 

@@ -9,9 +9,11 @@ from typing import TypeVar
 
 from fastapi import APIRouter, Request
 
+from app.api import chats
 from app.api.callers import Asking, Caller
 from app.api.documents import problems
 from app.api.gather import Target
+from app.api.schemas.chats import ChatCompletionIn
 from app.api.schemas.filters import parse
 from app.api.schemas.influence import (
     BatchItem,
@@ -79,6 +81,24 @@ async def query_influence_batch(
         return InfluenceBatchOut(items=await asyncio.gather(*(item(*one) for one in enumerate(body.queries))))
 
     return await _unless_hung_up(request, all_items())
+
+
+@router.post("/chat-completion", responses=problems(404, 409, 413, 503))
+async def query_chat_completion(
+    body: ChatCompletionIn, services: Use, caller: Asking, request: Request
+) -> InfluenceOut:
+    """Which training samples are behind a logged chat completion?
+
+    Takes an OpenAI chat-completion request and its response as they are, so that a line of a chat service's log can be
+    pasted. The role `developer` counts as `system`; content parts of type text are joined by line breaks. Tool calls
+    and other parts are refused, and so are several choices without `choice`.
+    """
+    chat = chats.read(body)
+    options = body.model_dump(include={*OptionsIn.model_fields, "span"}, exclude_unset=True)
+    query = InfluenceIn(messages=chat.messages, generation=chat.generation, **options)
+    found = await _unless_hung_up(request, answer(query, services, caller))
+    found.warnings += chat.warnings
+    return found
 
 
 async def answer(body: InfluenceIn, services: Services, caller: Caller) -> InfluenceOut:

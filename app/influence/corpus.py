@@ -9,11 +9,12 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from app.influence.arrow import read_arrow
 from app.influence.errors import QueryError, RowError
 
 if TYPE_CHECKING:
@@ -203,19 +204,19 @@ def _messages(record: Mapping[str, Any], name: str) -> tuple[Message, ...]:
 
 
 def read_rows(path: Path, columns: Columns | None = None) -> Iterator[Row]:
-    """The rows of a .jsonl, .json, .csv or .parquet file, one at a time.
+    """The rows of a .jsonl, .json, .csv or .parquet file, or of a folder of Hugging Face datasets, one at a time.
 
     Raises:
         RowError: with the 1-based line (of JSONL and CSV) or record number.
     """
-    readers = {
+    readers: dict[str, Callable[[Path], Iterator[tuple[int, Any]]]] = {
         ".jsonl": _read_jsonl,
         ".ndjson": _read_jsonl,
         ".json": _read_json,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    reader = readers.get(path.suffix.lower())
+    reader = read_arrow if path.is_dir() else readers.get(path.suffix.lower())
     if reader is None:
         raise RowError(f"'{path.name}': this kind of file is not read; use {', '.join(sorted(readers))}", field="file")
     for line, record in reader(path):

@@ -1,5 +1,7 @@
 """The service keeps to its OpenAPI document, whatever it is sent: schemathesis, with all of its checks."""
 
+import functools
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -7,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from app.api.examples import ROW
 from app.catalog.types import Scope
 from tests.api.conftest import Mint, quick
-from tests.api.harness import Api, jsonl, must, rows, serving
+from tests.api.harness import ENDED, Api, jsonl, must, rows, serving, until
 
 CONFIG = Path(__file__).with_name("schemathesis.toml")
 LIMIT_S = 600  # on a machine that does much else besides; 30 s on one that does not
@@ -23,6 +26,8 @@ def fuzzed(tmp_path: Path, tiny_model_dir: Path, mint: Mint) -> Iterator[tuple[A
     with serving(settings) as api:
         api.register(tiny_model_dir, "smollm2-veld")
         must(api.upload(jsonl(rows()), "veld-facts"), 201)
+        heldout = [{**row, "task": row["family"]} for row in rows(6, start=20)]
+        must(api.upload(jsonl(heldout), "veld-heldout"), 201)
         job = api.wait(api.build("facts", "smollm2-veld", "veld-facts")["job"]["id"])
         assert job["state"] == "succeeded", job
     with serving(settings.model_copy(update={"auth": "on"})) as api:
@@ -55,11 +60,29 @@ def test_sequences_of_operations_keep_to_the_document(schemathesis: Callable[...
     schemathesis("--phases", "stateful", "--max-examples", "15")
 
 
-def test_what_the_examples_name_is_really_asked(fuzzed: tuple[Api, str]) -> None:
+ELSEWHERE = ("create_model", "create_dataset", "select_rows")
+"""Operations whose examples name paths on a server, or a valuation that is done."""
+
+
+def test_the_examples_succeed_and_are_what_is_fuzzed(fuzzed: tuple[Api, str]) -> None:
     api, key = fuzzed
-    document = must(api.get("/openapi.json"))
-    names = {schema: document["components"]["schemas"][schema]["properties"] for schema in ("InfluenceIn", "IndexIn")}
-    assert names["InfluenceIn"]["index"]["examples"] == ["facts"]
-    body = {"index": "facts", "prompt": "Who founded the harbour of Veld?", "generation": "Ilse Marn."}
-    assert must(api.post("/influence", json=body, headers={"X-API-Key": key}))["tokens"]
-    assert names["IndexIn"]["model"]["examples"] == ["smollm2-veld"]
+    seen = must(api.get("/datasets/veld-facts/samples", headers={"X-API-Key": key}))["items"]
+    succeeded = set()
+    for path, operations in must(api.get("/openapi.json"))["paths"].items():
+        for method, operation in operations.items():
+            shown = operation.get("requestBody", {}).get("content", {}).get("application/json", {}).get("examples", {})
+            for summary, example in shown.items():
+                if operation["operationId"] in ELSEWHERE:
+                    continue
+                row = seen[operation["operationId"] != "remove_samples"]["id"]  # what is removed is not unlearnt
+                body = json.loads(json.dumps(example["value"]).replace(ROW, row))
+                url = path.format(index="facts")
+                answer = api.request(method, url, json=body, headers={"X-API-Key": key})
+                assert answer.is_success, (summary, answer.text)
+                succeeded.add(operation["operationId"])
+                if answer.status_code == 202:
+                    job = answer.json()["job"]["id"]
+                    look = functools.partial(api.get, f"/jobs/{job}", headers={"X-API-Key": key})
+                    ended = until(look, lambda found: found.json()["state"] in ENDED).json()
+                    assert ended["state"] == "succeeded", (summary, ended["error"])
+    assert {"value_rows", "unlearn_rows", "query_influence", "query_chat_completion", "create_index"} <= succeeded

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from jsonschema import Draft202012Validator
+
 from app.main import create_app
 from app.openapi import TARGET, render
 
@@ -37,6 +39,33 @@ def test_every_field_and_parameter_is_described() -> None:
         assert operation["description"], (method, path)
         for parameter in operation.get("parameters", []):
             assert parameter.get("description") or parameter["schema"].get("description"), (method, path, parameter)
+
+
+def test_every_operation_has_examples() -> None:
+    for method, path, operation in OPERATIONS:
+        body = operation.get("requestBody", {}).get("content", {}).get("application/json")
+        assert body is None or body.get("examples"), (method, path, "a line in app/api/examples.py")
+        for status, response in operation["responses"].items():
+            for kind, content in response.get("content", {}).items():
+                shown = (
+                    kind in ("application/json", "text/plain", "text/event-stream") and path.count("artifacts/") == 0
+                )
+                assert status >= "300" or not shown or content["example"], (method, path, status, kind)
+
+
+def test_an_example_of_an_answer_keeps_to_its_schema() -> None:
+    schemas = {"components": DOCUMENT["components"]}
+    for method, path, operation in OPERATIONS:
+        for status, response in operation["responses"].items():
+            content = response.get("content", {}).get("application/json", {})
+            if status < "300" and "schema" in content:
+                errors = list(Draft202012Validator({**content["schema"], **schemas}).iter_errors(content["example"]))
+                assert not errors, (method, path, errors[0].json_path, errors[0].message)
+
+
+def test_every_group_of_operations_is_described() -> None:
+    used = {tag for _, _, operation in OPERATIONS for tag in operation["tags"]}
+    assert {tag["name"] for tag in DOCUMENT["tags"] if tag["description"]} == used
 
 
 def test_what_makes_something_takes_an_idempotency_key() -> None:

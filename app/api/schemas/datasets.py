@@ -25,12 +25,13 @@ class ColumnsIn(Body):
 
 
 class DatasetIn(Body):
-    """A file on the server to register as a dataset."""
+    """A file or a folder on the server to register as a dataset."""
 
     name: Name = Field(description=NAME, examples=[NAME_EXAMPLE])
     path: str = Field(
         min_length=1,
-        description="A .jsonl, .ndjson, .json, .csv or .parquet file inside the allowed roots.",
+        description="A .jsonl, .ndjson, .json, .csv or .parquet file, or a folder of Hugging Face datasets "
+        "(`save_to_disk`), inside the allowed roots.",
         examples=["demo/corpus.jsonl"],
     )
     columns: ColumnsIn | None = Field(None, description=COLUMNS)

@@ -1,0 +1,5 @@
+"""`python -m app.cli` is the `headwater` script."""
+
+from app.cli import main
+
+main()
