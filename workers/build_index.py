@@ -39,14 +39,15 @@ from app.influence.index import IndexSpec, Manifest, check, publish, read_manife
 from app.influence.models import LoadedModel, ModelSpec
 from app.jobs.compute import Compute
 from app.jobs.progress import Step
-from app.jobs.runner import Planned
+from app.jobs.runner import Moved, Planned
 from app.jobs.specs import index_from_json, model_from_json
 from workers.engines import Engine
 from workers.same import require_same
+from workers.walking import walk
 
 Result = TypeVar("Result")
 DAMAGE = (IndexCorrupt, IndexMissing)
-GRADIENTS, HELDOUT = "gradients", "heldout"
+GRADIENTS, HELDOUT, CURVATURE = "gradients", "heldout", "curvature"
 
 
 class IndexWork:
@@ -62,7 +63,7 @@ class IndexWork:
         """The rows of a task's part."""
         raise NotImplementedError
 
-    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task], moved: Moved) -> Sequence[Part]:
         """Publish the files, or give the parts whose shards are not there."""
         raise NotImplementedError
 
@@ -74,11 +75,11 @@ class IndexWork:
         async for step in self._walk(index, work):
             yield step
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
-        """Make the shards the index's, and see that every byte is what was written."""
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
+        """Gather second moments, make the shards the index's, and see that every byte is what was written."""
         index = await self._index(job)
         shards = [task for task in tasks if task.stage == GRADIENTS]
-        missing = await self._publish(index, shards)
+        missing = await self._publish(index, shards, moved)
         if not missing:
             await self._compute.index(self._path(index), index.version + 1, fresh=True)
         return [task.number for task in shards if part_of_task(task) in missing]
@@ -102,6 +103,12 @@ class IndexWork:
         async with aclosing(self._engine.walk(*_checked(index, work))) as steps:
             async for progress in steps:
                 yield _step(progress)
+
+    async def _walk_files(self, work: Iterator[Progress], moved: Moved) -> None:
+        """The steps of work that needs no model."""
+        async with aclosing(walk(work, self._compute.run)) as steps:
+            async for progress in steps:
+                await moved(_step(progress))
 
     def _path(self, index: IndexRow) -> Path:
         return self._indexes_dir / index.id
@@ -156,11 +163,14 @@ class BuildIndex(IndexWork):
         )
         return [row_from_json(record) for record in records]
 
-    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task], moved: Moved) -> Sequence[Part]:
         path, ids, parts = self._path(index), await self._ids(index), [part_of_task(task) for task in tasks]
         missing = await asyncio.to_thread(unfinished, path, ids, parts)
         if not missing:
-            await self._run(index, partial(publish_build, path, ids=ids, spec=self._spec(index), parts=parts))
+            async for step in self._walk(
+                index, partial(publish_build, path, ids=ids, spec=self._spec(index), parts=parts)
+            ):
+                await moved(step)
         return missing
 
     async def _ids(self, index: IndexRow) -> Sequence[str]:
@@ -187,12 +197,12 @@ class AppendSamples(IndexWork):
     async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
         return await self._rows_by_id(index, task.params["ids"])
 
-    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task], moved: Moved) -> Sequence[Part]:
         ids = [row_id for task in tasks for row_id in task.params["ids"]]
         parts = [part_of_task(task) for task in tasks]
         missing = await asyncio.to_thread(unfinished, self._path(index), ids, parts)
         if not missing:
-            await asyncio.to_thread(publish_append, self._path(index), parts)
+            await self._walk_files(publish_append(self._path(index), parts), moved)
         return missing
 
 
@@ -220,8 +230,8 @@ class RepairIndex(IndexWork):
     async def _rows(self, index: IndexRow, task: Task) -> Sequence[Row]:
         return await self._rows_by_id(index, await asyncio.to_thread(row_ids, self._path(index), part_of_task(task)))
 
-    async def _publish(self, index: IndexRow, tasks: Sequence[Task]) -> Sequence[Part]:
-        await asyncio.to_thread(publish_repair, self._path(index), [part_of_task(task) for task in tasks])
+    async def _publish(self, index: IndexRow, tasks: Sequence[Task], moved: Moved) -> Sequence[Part]:
+        await self._walk_files(publish_repair(self._path(index), [part_of_task(task) for task in tasks]), moved)
         return ()
 
 
@@ -255,4 +265,5 @@ def _step(progress: Progress) -> Step:
         work=progress.tokens if weighed else None,
         total_work=progress.total_tokens if weighed else None,
         resumed=progress.resumed,
+        stage=progress.stage if progress.stage == CURVATURE else None,
     )

@@ -19,7 +19,7 @@ from app.catalog.database import Database
 from app.catalog.tables import IndexRow, Task
 from app.influence.building import missing_parts
 from app.influence.errors import IndexCorrupt, IndexMissing
-from app.influence.index import damaged, open_index, read_manifest, remove_parts
+from app.influence.index import curvature_damaged, damaged, open_index, read_manifest, remove_parts
 from app.jobs.service import JobService, Swept
 from workers.build_index import GRADIENTS, part_of_task
 
@@ -132,6 +132,9 @@ def _look(path: Path, index: IndexRow) -> tuple[int, dict[str, Any]] | None:
     bad = [shard["name"] for shard in manifest.shards if damaged(path, shard, verify=False)]
     if bad:
         raise IndexCorrupt(f"{_few(bad)} not what was written (missing, or another size): repair it", shard=bad[0])
+    if manifest.curvature is not None and curvature_damaged(path, manifest, verify=False):
+        name = manifest.curvature["name"]
+        raise IndexCorrupt(f"{name} is not what was written (missing, or another size): repair it", shard=name)
     remove_parts(path)
     if manifest.to_dict() == index.manifest:
         return None

@@ -21,7 +21,7 @@ from app.jobs.artifacts import Curve
 from app.jobs.compute import Compute
 from app.jobs.plans import UnlearnPlan, read_plan
 from app.jobs.progress import Step
-from app.jobs.runner import Planned
+from app.jobs.runner import Moved, Planned
 from app.jobs.specs import model_from_json, model_row
 from app.unlearning.running import Advance, UnlearnRows, UnlearnSpec, unlearn
 from app.unlearning.training import TrainingSpec
@@ -65,7 +65,7 @@ class Unlearn:
             async for advance in advances:
                 yield _step(advance)
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         """See that adapter and report are there, and load the model that is to be registered, as a query would."""
         folder = self._folder(job)
         there = await asyncio.to_thread(lambda: (folder / WEIGHTS).is_file() and (folder / REPORT).is_file())

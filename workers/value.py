@@ -23,7 +23,7 @@ from app.influence.models import LoadedModel
 from app.jobs.compute import Compute
 from app.jobs.groups import WHOLE, group_of
 from app.jobs.progress import Step
-from app.jobs.runner import Planned
+from app.jobs.runner import Moved, Planned
 from app.jobs.specs import model_from_json
 from app.valuation.delivery import PAGE, REPORT, SCORES, Ranked, deliver, ranked
 from app.valuation.running import Advance, StudentSpec, ValuationSpec, value
@@ -59,7 +59,7 @@ class Value:
             async for advance in advances:
                 yield _step(advance)
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         """Rank the scores, write them out and store them, a run of ranks at a time."""
         folder = self._folder(job)
         there = await asyncio.to_thread(lambda: (folder / SCORES).is_file() and (folder / REPORT).is_file())

@@ -168,7 +168,8 @@ class Crew:
             pass
         with ThreadPoolExecutor(len(self.places)) as pool:
             list(pool.map(compute, parts))
-        self.run(model, partial(publish_build, path, ids=ids, spec=spec, parts=parts))
+        for _ in self.walk(model, partial(publish_build, path, ids=ids, spec=spec, parts=parts)):
+            pass
 
     def close(self) -> None:
         """End every builder."""

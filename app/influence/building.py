@@ -2,9 +2,9 @@
 
 A plan divides the rows into shards; it follows from the rows and the settings alone, so that every process that asks
 gets the same one. A shard is written beside its name, synced, renamed and then recorded in a small JSON file with its
-checksums. Whoever finds all of them finished publishes the manifest, which makes the index exist. So parts may be
-computed by many processes, twice, or again after a crash: the bytes are the same, and a build that is killed loses at
-most the shard in hand. `build`, `append` and `repair` do all of it in one process.
+checksums. Whoever finds all of them finished gathers their second moments and publishes the manifest, which makes the
+index exist. So parts may be computed by many processes, twice, or again after a crash: the bytes are the same, and a
+build that is killed loses at most the shard in hand. `build`, `append` and `repair` do all of it in one process.
 """
 
 from __future__ import annotations
@@ -26,13 +26,17 @@ from safetensors.numpy import save
 
 from app.influence import index as disk
 from app.influence.corpus import Encoder, Example, Row
+from app.influence.curvature import gather
 from app.influence.errors import IndexCorrupt, RowError, SpecError, disk_full_is_named
 from app.influence.gradients import gradients, losses, plan_for
 from app.influence.index import (
     IndexSpec,
     Manifest,
+    curvature_damaged,
     damaged,
+    file_record,
     open_index,
+    open_shard,
     publish,
     read_manifest,
     remove_parts,
@@ -89,7 +93,7 @@ def build(
     if not (path / disk.MANIFEST).exists():  # else an earlier run was killed between publishing and saying so
         yield from measure(path, model, ids, heldout, spec)
         yield from _in_turn(path, model, spec, parts, partial(part_of, rows))
-        publish_build(path, model, ids, spec, parts)
+        yield from publish_build(path, model, ids, spec, parts)
     yield Progress("publish", len(rows), len(rows), 0, 0)
 
 
@@ -99,7 +103,7 @@ def append(path: Path, model: LoadedModel, rows: Sequence[Row]) -> Iterator[Prog
     new, parts = plan_append(path, model, [row.id for row in rows])
     spec = read_manifest(path).index_spec
     yield from _in_turn(path, model, spec, parts, lambda part: [by_id[row] for row in part_of(new, part)])
-    publish_append(path, parts)
+    yield from publish_append(path, parts)
     yield Progress("publish", len(new), len(new), 0, 0)
 
 
@@ -112,7 +116,7 @@ def repair(path: Path, model: LoadedModel, row_of: Callable[[str], Row]) -> Iter
     parts = plan_repair(path, model)
     spec = read_manifest(path).index_spec
     yield from _in_turn(path, model, spec, parts, lambda part: [row_of(row) for row in row_ids(path, part)])
-    publish_repair(path, parts)
+    yield from publish_repair(path, parts)
     yield Progress("publish", 0, 0, 0, 0)
 
 
@@ -285,7 +289,9 @@ def missing_parts(path: Path, parts: Sequence[Part]) -> list[Part]:
     return [part for part in parts if _finished(path, part.name, None, verify=False) is None]
 
 
-def publish_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec, parts: Sequence[Part]) -> None:
+def publish_build(
+    path: Path, model: LoadedModel, ids: Sequence[str], spec: IndexSpec, parts: Sequence[Part]
+) -> Iterator[Progress]:
     """Write the manifest of a build whose parts are all finished; once it is there it stays as it is.
 
     Raises:
@@ -313,30 +319,59 @@ def publish_build(path: Path, model: LoadedModel, ids: Sequence[str], spec: Inde
         versions={"python": platform.python_version(), **{n: version(n) for n in ("torch", "transformers", "peft")}},
     )
     remove_parts(path)
-    publish(path, _with_shards(manifest, [_record(path, part, part_of(ids, part)) for part in parts]))
+    yield from _publish(path, _with_shards(manifest, [_record(path, part, part_of(ids, part)) for part in parts]))
 
 
-def publish_append(path: Path, parts: Sequence[Part]) -> None:
+def publish_append(path: Path, parts: Sequence[Part]) -> Iterator[Progress]:
     """Write the manifest with the added shards; those that are in it stay."""
     manifest = read_manifest(path)  # a delete may have been published since the plan
     there = {shard["name"] for shard in manifest.shards}
     added = [_record(path, part) for part in parts if part.name not in there]
     if added:
         # A row that was deleted and comes back lives in a new shard: only its old place keeps the tombstone.
-        publish(path, _with_shards(manifest, [*manifest.shards, *added]))
+        yield from _publish(path, _with_shards(manifest, [*manifest.shards, *added]))
     remove_parts(path)
 
 
-def publish_repair(path: Path, parts: Sequence[Part]) -> None:
-    """Write the manifest with the records of the shards that were computed anew."""
+def publish_repair(path: Path, parts: Sequence[Part]) -> Iterator[Progress]:
+    """Write the manifest with the records of the shards that were computed anew; gather what moments are missing."""
     manifest = read_manifest(path)
     shards = list(manifest.shards)
     for part in parts:
         shards[part.number] = _record(path, part)
         for file, _, _ in shards[part.number]["files"]:
             (path / "shards" / f"{file}.corrupt").unlink(missing_ok=True)
-    publish(path, _with_shards(manifest, shards))
+    yield from _publish(path, _with_shards(manifest, shards))
     remove_parts(path)
+
+
+def _publish(path: Path, manifest: Manifest) -> Iterator[Progress]:
+    """Gather the shards' second moments, unless it was done; then write the manifest, which names their file.
+
+    The file's name follows from the shards: whoever has read the last manifest finds its file until this is through,
+    and then until the next one is published.
+    """
+    digests = "".join(digest for shard in manifest.shards for _, _, digest in shard["files"])
+    name = f"curvature-{hashlib.sha256(digests.encode()).hexdigest()[:12]}.safetensors"
+    was = manifest.curvature
+    if was is None or was["name"] != name or curvature_damaged(path, manifest, verify=True):
+        try:
+            places = manifest.blocks()
+        except ValueError:
+            manifest = replace(manifest, curvature=None)  # they would not fit; it can be asked without them
+        else:
+            shards = [open_shard(path, record, (), manifest.width, verify=False) for record in manifest.shards]
+            with disk_full_is_named("the second moments"):
+                for done, total in gather(shards, places, len(manifest.checkpoints), partial(write_file, path / name)):
+                    yield Progress("curvature", done, total, 0, 0)
+            manifest = replace(manifest, curvature=file_record(path / name))
+    publish(path, manifest)
+    if manifest.curvature != was:
+        there = {name, (was or manifest.curvature or {}).get("name")}
+        for file in path.glob("curvature-*"):
+            if file.suffix == ".safetensors" and file.name not in there:
+                file.unlink(missing_ok=True)
+    (path / f"{name}.corrupt").unlink(missing_ok=True)
 
 
 def _record(path: Path, part: Part, ids: Sequence[str] | None = None) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from app.influence.corpus import Template
+from app.influence.curvature import Curvature, blocks, load
 from app.influence.errors import IndexCorrupt, IndexMissing, Mismatch, SpecError, disk_full_is_named
 from app.influence.projection import ProjectionSpec
 from app.influence.shape import require_shape
@@ -75,6 +76,9 @@ class Manifest:
     warnings: list[str]
     versions: dict[str, str]
     format: int = FORMAT
+    curvature: dict[str, Any] | None = (
+        None  # the file of the second moments; None: there is none (`blocks` may say why)
+    )
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -89,6 +93,15 @@ class Manifest:
     def weights(self) -> list[float]:
         """Of the checkpoints."""
         return [checkpoint["weight"] for checkpoint in self.checkpoints]
+
+    def blocks(self) -> list[slice]:
+        """Of a checkpoint's vector, for the second moments; ValueError: they would not fit."""
+        return blocks(self.index_spec.projection, self.attributed, self.width)
+
+    def files(self) -> list[str]:
+        """All that it names, within the index's folder."""
+        found = [f"shards/{name}" for shard in self.shards for name, *_ in shard["files"]]
+        return found if self.curvature is None else [*found, self.curvature["name"]]
 
 
 def delete(path: Path, ids: Collection[str]) -> int:
@@ -107,7 +120,8 @@ def delete(path: Path, ids: Collection[str]) -> int:
     return len(marks)
 
 
-Normalize = Literal["none", "unit"]
+Normalize = Literal["none", "unit", "scaled"]
+"""What a stored unit vector is multiplied by: its row's norm, nothing, or its scale in the curvature."""
 Best = tuple[NDArray[np.float32], NDArray[np.int64]]
 """A shard's best rows for each query, [queries, k] each: scores (negated where the lowest are wanted) and places."""
 
@@ -129,6 +143,13 @@ class Shard(Rows):
     codes: list[NDArray[np.float16]]  # the same columns: [rows, columns]
     norms: NDArray[np.float32]  # [rows, checkpoints]
     kept: NDArray[np.bool_]  # not deleted
+    scales: NDArray[np.float32] | None = None  # [rows, checkpoints], where there is a curvature
+
+    def units(self, at: slice, columns: slice) -> NDArray[np.float16]:
+        """Some columns of a run of rows."""
+        firsts = range(0, len(self.codes) * LONGEST, LONGEST)
+        ends = [(max(columns.start - first, 0), max(columns.stop - first, 0)) for first in firsts]
+        return np.concatenate([part[at, a:b] for part, (a, b) in zip(self.codes, ends, strict=True)], axis=1)
 
     def scores(
         self, vectors: torch.Tensor, normalize: Normalize, width: int, device: torch.device | str = "cpu"
@@ -150,13 +171,14 @@ class Shard(Rows):
     ) -> None:
         """Add the part of the scores that columns from `first` on give, block by block in one re-used buffer."""
         columns = codes.shape[1]
+        factors = self.scales if normalize == "scaled" and self.scales is not None else self.norms
         block = torch.empty(max(1, min(len(codes), 2**21 // columns)), columns, device=scores.device)
         of = torch.arange(first, first + columns) // width  # each column's checkpoint
         query = vectors[:, first : first + columns].T.contiguous()
         for start in range(0, len(codes), len(block)):
             part = block[: len(codes) - start]
             part.copy_(codes[start : start + len(part)])
-            norms = torch.from_numpy(self.norms[start : start + len(part)]).to(scores.device)
+            norms = torch.from_numpy(factors[start : start + len(part)]).to(scores.device)
             place = slice(start, start + len(part))
             if normalize == "unit":
                 scores[:, place] += (part @ query).T
@@ -216,8 +238,10 @@ class Ranked:
 class Searchable(ABC):
     """Ranks the rows of shards, wherever they are: in this process (`Index`) or elsewhere (`sharded.ShardedIndex`)."""
 
-    def __init__(self, path: Path, manifest: Manifest, shards: Sequence[Rows]) -> None:
-        self.path, self.manifest, self._rows = path, manifest, shards
+    def __init__(
+        self, path: Path, manifest: Manifest, shards: Sequence[Rows], curvature: Curvature | None = None
+    ) -> None:
+        self.path, self.manifest, self._rows, self.curvature = path, manifest, shards, curvature
         self.ids = [row for shard in shards for row, live in zip(shard.ids, shard.live, strict=True) if live]
         self._places = {row: (n, at) for n, s in enumerate(shards) for at, row in enumerate(s.ids) if s.live[at]}
 
@@ -242,6 +266,7 @@ class Searchable(ABC):
 
         Args:
             vectors: [queries, checkpoints * width] float32, weighted; unit per checkpoint if `normalize` is "unit".
+            normalize: "scaled" only where there is a curvature.
             among: ids of the only rows that may be found; ids that the index does not have are no matter.
         """
         allowed = self._allowed(among)
@@ -293,6 +318,13 @@ class Searchable(ABC):
         codes, norms = zip(*(found[self._places[row]] for row in ids), strict=True)
         return torch.from_numpy(np.stack(codes).astype(np.float32)), torch.from_numpy(np.stack(norms))
 
+    def scales(self, ids: Sequence[str]) -> torch.Tensor:
+        """The curvature's scales [n, checkpoints] of rows."""
+        assert self.curvature is not None
+        starts = np.cumsum([0, *(len(shard.ids) for shard in self._rows)])
+        places = [self._places[row] for row in ids]
+        return torch.from_numpy(self.curvature.scales[[starts[shard] + at for shard, at in places]])
+
     @abstractmethod
     def best(
         self,
@@ -314,8 +346,8 @@ class Searchable(ABC):
 class Index(Searchable):
     """An index whose shards are mapped here. Shards are immutable: concurrent searches are safe."""
 
-    def __init__(self, path: Path, manifest: Manifest, shards: list[Shard]) -> None:
-        super().__init__(path, manifest, shards)
+    def __init__(self, path: Path, manifest: Manifest, shards: list[Shard], curvature: Curvature | None) -> None:
+        super().__init__(path, manifest, shards, curvature)
         self.shards = shards
 
     def scores(self, vectors: torch.Tensor, normalize: Normalize) -> torch.Tensor:
@@ -347,16 +379,62 @@ def open_index(path: Path, verify: bool = True) -> Index:
     """Open an index for reading; `verify` reads every byte against its checksum.
 
     Raises:
-        IndexMissing: no manifest. IndexCorrupt: a shard is missing or altered; it is set aside as *.corrupt.
+        IndexMissing: no manifest. IndexCorrupt: a shard, or the file of second moments, is missing or altered; it is
+            set aside as *.corrupt.
     """
     manifest = read_manifest(path)
     deleted = set(manifest.deleted)
-    shards = [open_shard(path, record, deleted, manifest.width, verify) for record in manifest.shards]
-    return Index(path, manifest, shards)
+    curvature = open_curvature(path, manifest, verify)
+    each = zip(manifest.shards, scales_of(manifest, curvature), strict=True)
+    shards = [open_shard(path, record, deleted, manifest.width, verify, scales) for record, scales in each]
+    return Index(path, manifest, shards, curvature)
 
 
-def open_shard(path: Path, record: dict[str, Any], deleted: Collection[str], width: int, verify: bool) -> Shard:
-    """Map one shard of an index: its record in the manifest, the manifest's tombstones and width.
+def open_curvature(path: Path, manifest: Manifest, verify: bool) -> Curvature | None:
+    """Map the second moments of an index, if it has any.
+
+    Raises:
+        IndexCorrupt: they are missing or altered; the file is set aside as *.corrupt.
+    """
+    if manifest.curvature is None:
+        return None
+    name = manifest.curvature["name"]
+    if curvature_damaged(path, manifest, verify):
+        with contextlib.suppress(FileNotFoundError):
+            (path / name).replace(path / f"{name}.corrupt")
+        detail = f"{name} is not what was written (checksum or size); it was set aside: repair the index"
+        raise IndexCorrupt(detail, shard=name)
+    try:
+        rows = sum(record["rows"] for record in manifest.shards)
+        return load(path / name, manifest.blocks(), len(manifest.checkpoints), rows)
+    except (ValueError, LookupError, SafetensorError) as error:
+        detail = f"{name} has the bytes that the manifest names, and they are no second moments of its index: {error}"
+        raise IndexCorrupt(detail, shard=name) from error
+
+
+def curvature_damaged(path: Path, manifest: Manifest, verify: bool) -> bool:
+    """Whether the file of second moments is not that of the manifest: by size, and by checksum if `verify`."""
+    record = manifest.curvature
+    return record is not None and not _is_whole(path / record["name"], record["size"], record["digest"], verify)
+
+
+def scales_of(manifest: Manifest, curvature: Curvature | None) -> list[NDArray[np.float32] | None]:
+    """Each shard's part of the curvature's scales."""
+    if curvature is None:
+        return [None] * len(manifest.shards)
+    ends = np.cumsum([record["rows"] for record in manifest.shards])
+    return list(np.split(curvature.scales, ends[:-1]))
+
+
+def open_shard(
+    path: Path,
+    record: dict[str, Any],
+    deleted: Collection[str],
+    width: int,
+    verify: bool,
+    scales: NDArray[np.float32] | None = None,
+) -> Shard:
+    """Map one shard of an index: its record in the manifest, the manifest's tombstones and width, its rows' scales.
 
     Raises:
         IndexCorrupt: it is missing or altered; it is set aside as *.corrupt.
@@ -371,7 +449,7 @@ def open_shard(path: Path, record: dict[str, Any], deleted: Collection[str], wid
         detail = f"shard {name} is not what was written ({names}: checksum or size); it was set aside: repair it"
         raise IndexCorrupt(detail, shard=name)
     try:
-        return _map_shard(path, record, deleted, width)
+        return replace(_map_shard(path, record, deleted, width), scales=scales)
     except (ArithmeticError, RuntimeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
         detail = f"shard {name} has the bytes that the manifest names, and they are no shard of its index: {error}"
         raise IndexCorrupt(detail, shard=name) from error
@@ -412,9 +490,18 @@ def damaged(path: Path, record: dict[str, Any], verify: bool) -> list[Path]:
     bad = []
     for name, size, digest in record["files"]:
         file = path / "shards" / name
-        if not file.is_file() or file.stat().st_size != size or (verify and _sha256(file) != digest):
+        if not _is_whole(file, size, digest, verify):
             bad.append(file)
     return bad
+
+
+def file_record(file: Path) -> dict[str, Any]:
+    """Name, size and checksum, as a manifest has them."""
+    return {"name": file.name, "size": file.stat().st_size, "digest": _sha256(file)}
+
+
+def _is_whole(file: Path, size: int, digest: str, verify: bool) -> bool:
+    return file.is_file() and file.stat().st_size == size and not (verify and _sha256(file) != digest)
 
 
 def _sha256(file: Path) -> str:

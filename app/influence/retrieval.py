@@ -1,8 +1,9 @@
 """A generation in; the training samples that pushed the model towards it, and away from it, out.
 
 Score of a row z for a query q (TracIn-CP; METHODS section 1): sum over checkpoints c of w_c <grad L(q), grad L(z)>,
-each gradient divided by its norm when `normalize` is "unit". L is the mean loss over the tokens asked about, so token
-scores average to the row's score: every divisor is the whole query's (or the whole row's), never the token's.
+each gradient divided by its norm when `normalize` is "unit". `precondition` puts A grad L(q) in the place of grad L(q),
+and "trackstar" takes lengths by A (curvature.py; docs/scores.md). L is the mean loss over the tokens asked about, so
+token scores average to the row's score: every divisor is the whole query's (or the whole row's), never the token's.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ import torch
 
 from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
+from app.influence.curvature import DAMPING, Curvature, Precondition
 from app.influence.errors import QueryError
 from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
-from app.influence.index import Searchable
+from app.influence.index import Normalize, Searchable
 from app.influence.models import Checkpoint, LoadedModel
 
 Route = Literal["backwards", "nudges"]
@@ -45,6 +47,7 @@ class Options:
     tokens: Literal["none", "query", "train", "both"] = "query"
     direction: Literal["proponents", "opponents", "both"] = "proponents"
     normalize: Literal["none", "unit"] = "unit"
+    precondition: Precondition = "none"
     among: frozenset[str] | None = field(default=None, repr=False)
 
 
@@ -81,11 +84,14 @@ class Hit:
 
 @dataclass(frozen=True)
 class Definition:
-    """What the scores mean."""
+    """What the scores mean; where they are preconditioned, by which damping, in mean eigenvalues, and whose moments."""
 
     name: str
     formula: str
     normalize: str
+    precondition: str
+    damping: float | None
+    moments_rows: int | None
     index_normalisation: str
     projection: dict[str, Any]
     checkpoints: list[dict[str, Any]]
@@ -118,6 +124,7 @@ def influence(
     """
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
+    metric = _Metric(index, options)
     index.check(model)
     kept = index.manifest.index_spec
     plan = plan_for(model, kept.projection, kept.normalisation)
@@ -127,9 +134,9 @@ def influence(
     with _timed(timings, "gradients"):
         examples = [one.example for one in asked]
         found = [_gradients(model, c, plan, examples, kept.token_budget) for c in model.checkpoints]
-    norms = torch.stack([_norms(f, options) for f in found], 1)  # [queries, checkpoints]
-    weights = torch.tensor(index.manifest.weights) / norms
     vectors = torch.cat([f.vectors.float().cpu() for f in found], 1)  # [queries, checkpoints * width]
+    norms, vectors = metric.query(vectors)
+    weights = torch.tensor(index.manifest.weights) / norms  # [queries, checkpoints]
     vectors = vectors * weights.repeat_interleave(plan.width, 1)
     if not torch.isfinite(vectors).all():
         raise QueryError("the gradient of the generation is not finite", field="generation")
@@ -139,11 +146,11 @@ def influence(
             "opponents": options.direction != "proponents",
         }
         ranked = {
-            name: index.top(vectors, options.top_k, options.normalize, name == "proponents", options.among)
+            name: index.top(vectors, options.top_k, metric.rows, name == "proponents", options.among)
             for name, asked_for in wanted.items()
             if asked_for
         }
-    scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of)
+    scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of, metric)
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
@@ -211,12 +218,61 @@ class _Asked:
         return found
 
 
-def _norms(found: Gradients, options: Options) -> torch.Tensor:
-    """[batch], what the vectors are divided by."""
-    if options.normalize == "none":
-        return torch.ones(len(found.vectors))
-    norms: torch.Tensor = found.vectors.float().norm(dim=1).cpu()
-    return norms.clamp_min(torch.finfo(norms.dtype).tiny)
+class _Metric:
+    """How vectors [n, checkpoints * width] of queries and rows are turned and measured before they meet.
+
+    Attributes:
+        rows: what `Searchable.top` multiplies a stored unit vector by.
+    """
+
+    def __init__(self, index: Searchable, options: Options) -> None:
+        """Raises QueryError where the index has no second moments, or the options contradict each other."""
+        self.index, self.options = index, options
+        self.curvature = None if options.precondition == "none" else _curvature(index)
+        self.rows: Normalize = "scaled" if options.precondition == "trackstar" else options.normalize
+        if options.precondition == "trackstar" and options.normalize != "unit":
+            detail = 'trackstar is a cosine: leave `normalize` out, or ask for precondition "fisher"'
+            raise QueryError(detail, field="normalize")
+
+    def turn(self, vectors: torch.Tensor) -> torch.Tensor:
+        """A v; v itself where nothing preconditions."""
+        return vectors if self.curvature is None else self.curvature.apply(vectors)
+
+    def query(self, vectors: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a query is divided by, [n, checkpoints], and what it is then: A q."""
+        turned = self.turn(vectors)
+        if self.rows == "scaled":
+            return self._lengths(vectors, turned), turned
+        return self._lengths(turned, turned), turned
+
+    def row(self, vectors: torch.Tensor) -> torch.Tensor:
+        """What rows are divided by, [n, checkpoints]."""
+        return self._lengths(vectors, self.turn(vectors) if self.rows == "scaled" else vectors)
+
+    def factors(self, ids: Sequence[str], norms: torch.Tensor) -> torch.Tensor:
+        """What the stored unit vectors of rows, whose norms these are, are multiplied by: [n, checkpoints]."""
+        if self.rows == "scaled":
+            return self.index.scales(ids)
+        return norms if self.rows == "none" else torch.ones_like(norms)
+
+    def _lengths(self, vectors: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
+        many = len(self.index.manifest.checkpoints)
+        if self.rows == "none":
+            return torch.ones(len(vectors), many)
+        squares: torch.Tensor = (vectors.unflatten(1, (many, -1)) * others.unflatten(1, (many, -1))).sum(2)
+        lengths: torch.Tensor = squares.clamp_min(0).sqrt().clamp_min(torch.finfo(squares.dtype).tiny)
+        return lengths
+
+
+def _curvature(index: Searchable) -> Curvature:
+    if index.curvature is not None:
+        return index.curvature
+    try:
+        index.manifest.blocks()
+    except ValueError as error:
+        raise QueryError(str(error), field="precondition") from error
+    detail = "the index was built before second moments were gathered: repair it (POST /indexes/{index}/repair), which "
+    raise QueryError(f"{detail}gathers them and computes no gradient again", field="precondition")
 
 
 class _Tokens:
@@ -235,9 +291,10 @@ class _Tokens:
         encoder: Encoder,
         options: Options,
         row_of: Callable[[str], Row],
+        metric: _Metric,
     ) -> None:
         self.model, self.index, self.plan, self.encoder = model, index, plan, encoder
-        self.options, self.row_of = options, row_of
+        self.options, self.row_of, self.metric = options, row_of, metric
 
     def add(
         self,
@@ -252,13 +309,13 @@ class _Tokens:
         Args:
             divisors: [checkpoint][modules] of the query's gradient.
             weights: [checkpoints], the checkpoints' weights over the query's norms.
-            vector: [checkpoints * width], the query's weighted vector.
+            vector: [checkpoints * width], the query's weighted vector, preconditioned.
         """
         if self.options.tokens == "query":
-            units, norms = self.index.vectors([hit.id for hit in hits])
-            if self.options.normalize == "unit":
-                norms = torch.ones_like(norms)
-            rows = units * (norms * weights).repeat_interleave(self.plan.width, 1)
+            ids = [hit.id for hit in hits]
+            units, norms = self.index.vectors(ids)
+            factors = self.metric.factors(ids, norms) * weights
+            rows = self.metric.turn(units * factors.repeat_interleave(self.plan.width, 1))  # A is symmetric
             scores, route = self._scores(example, divisors, rows, [hit.score for hit in hits])
             for hit, row in zip(hits, scores.T.tolist(), strict=True):
                 hit.token_scores = row
@@ -268,14 +325,14 @@ class _Tokens:
         if self.options.tokens == "both":
             each = zip(self.model.checkpoints, divisors, strict=True)
             tokens = [token_gradients(self.model, c, self.plan, example, divisor).float().cpu() for c, divisor in each]
-            directions = torch.cat(tokens, 1) * weights.repeat_interleave(self.plan.width)
+            directions = self.metric.turn(torch.cat(tokens, 1)) * weights.repeat_interleave(self.plan.width)
             routes.add("backwards")
         for hit in hits:
             row = self.encoder.encode(self.row_of(hit.id))
             found = [gradients(self.model, c, self.plan, [row]) for c in self.model.checkpoints]
-            norm = torch.cat([_norms(f, self.options) for f in found])
-            scaled = directions / norm.repeat_interleave(self.plan.width)
             own = torch.cat([f.vectors[0].float().cpu() for f in found])
+            (norm,) = self.metric.row(own[None])
+            scaled = directions / norm.repeat_interleave(self.plan.width)
             scores, route = self._scores(row, [f.divisors[0] for f in found], scaled, (scaled @ own).tolist())
             routes.add(route)
             texts = _texts(row)
@@ -339,13 +396,27 @@ def _gradients(
 
 def _definition(index: Searchable, options: Options, route: Route | None) -> Definition:
     spec = index.manifest.spec
-    kind = "cosine" if options.normalize == "unit" else "dot"
-    inner = "<g_q, g_z> / (|g_q| |g_z|)" if options.normalize == "unit" else "<g_q, g_z>"
-    layer = " of layer-normalised gradients" if spec["normalisation"] == "layer" else ""
+    unit = options.normalize == "unit"
+    kind = "cosine" if unit else "dot"
+    layer = spec["normalisation"] == "layer"
+    name, inner = {
+        "none": (f"gradient_{kind}", "<g_q, g_z> / (|g_q| |g_z|)" if unit else "<g_q, g_z>"),
+        "fisher": (f"fisher_{kind}", "<A g_q, g_z> / (|A g_q| |g_z|)" if unit else "<A g_q, g_z>"),
+        "trackstar": ("trackstar", "<A g_q, g_z> / sqrt(<A g_q, g_q> <A g_z, g_z>)"),
+    }[options.precondition]
+    if layer:
+        name = name.replace("gradient", "layer") if options.precondition == "none" else f"layer_{name}"
+    formula = f"sum over checkpoints of weight x {inner}{' of layer-normalised gradients' if layer else ''}"
+    preconditioned = options.precondition != "none" and index.curvature is not None
+    if preconditioned:
+        formula += f"; A = (H + {DAMPING:g} mean eigenvalue(H))^-1 of each block, H = mean of g_z g_z^T over rows"
     return Definition(
-        name=f"{'layer' if layer else 'gradient'}_{kind}",
-        formula=f"sum over checkpoints of weight x {inner}{layer}",
+        name=name,
+        formula=formula,
         normalize=options.normalize,
+        precondition=options.precondition,
+        damping=DAMPING if preconditioned else None,
+        moments_rows=index.curvature.rows if preconditioned and index.curvature else None,
         index_normalisation=spec["normalisation"],
         projection=dict(spec["projection"]),
         checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in index.manifest.checkpoints],

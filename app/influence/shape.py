@@ -46,6 +46,7 @@ class _Manifest(_Shape):
     deleted: list[str]
     warnings: list[str]
     stats: dict[str, Any]
+    curvature: _File | None = None
 
 
 def require_shape(manifest: dict[str, Any]) -> None:

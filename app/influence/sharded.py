@@ -23,7 +23,17 @@ import torch
 from numpy.typing import NDArray
 
 from app.influence.errors import HeadwaterError, ShardsMissing, SpecError
-from app.influence.index import Best, Normalize, Rows, Searchable, Shard, open_shard, read_manifest
+from app.influence.index import (
+    Best,
+    Normalize,
+    Rows,
+    Searchable,
+    Shard,
+    open_curvature,
+    open_shard,
+    read_manifest,
+    scales_of,
+)
 
 AUTH = "RAY_AUTH_MODE"
 CPUS = 0.01
@@ -75,11 +85,18 @@ class Holder:
     """What an actor is: one mapped shard."""
 
     def __init__(
-        self, path: Path, record: dict[str, Any], deleted: Sequence[str], width: int, verify: bool, threads: int
+        self,
+        path: Path,
+        record: dict[str, Any],
+        deleted: Sequence[str],
+        width: int,
+        verify: bool,
+        scales: NDArray[np.float32] | None,
+        threads: int,
     ) -> None:
         torch.set_num_threads(threads)
         faiss.omp_set_num_threads(threads)
-        self._open = partial(open_shard, path, record, deleted, width, verify)
+        self._open = partial(open_shard, path, record, deleted, width, verify, scales)
         self._shard: Shard | None = None
         self._width = width
         self._device = "cuda" if os.environ.get("CUDA_VISIBLE_DEVICES") and torch.cuda.is_available() else "cpu"
@@ -132,14 +149,15 @@ class ShardedIndex(Searchable):
         for mark in manifest.deleted:
             tombstones[mark.partition(":")[0]].append(mark)
         threads = cluster.threads or torch.get_num_threads()
+        curvature = open_curvature(path, manifest, verify)
         self.holders: list[Any] = [
             actor.options(**options).remote(
-                path.resolve(), record, tombstones[record["name"]], manifest.width, verify, threads
+                path.resolve(), record, tombstones[record["name"]], manifest.width, verify, scales, threads
             )
-            for record in manifest.shards
+            for record, scales in zip(manifest.shards, scales_of(manifest, curvature), strict=True)
         ]
         asked = {number: holder.rows.remote() for number, holder in enumerate(self.holders)}
-        super().__init__(path, manifest, list(self._gather(asked).values()))
+        super().__init__(path, manifest, list(self._gather(asked).values()), curvature)
 
     def best(
         self, vectors: torch.Tensor, k: int, normalize: Normalize, largest: bool, allowed: Sequence[NDArray[np.bool_]]

@@ -109,13 +109,12 @@ class Compute:
 
     def _open(self, path: Path) -> Searchable:
         index = self._open_at(path, not self._is_unchanged(path))
-        names = [name for shard in index.manifest.shards for name, *_ in shard["files"]]
-        self._stamps[path] = _stamps(path / "shards", names)
+        self._stamps[path] = _stamps(path, index.manifest.files())
         return index
 
     def _is_unchanged(self, path: Path) -> bool:
         known = self._stamps.get(path)
-        return known is not None and _stamps(path / "shards", known) == known
+        return known is not None and _stamps(path, known) == known
 
     def forget(self, path: Path) -> None:
         """Keep nothing of an index: its files are gone, and their room is free once nobody maps them."""

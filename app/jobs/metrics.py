@@ -14,7 +14,7 @@ from app.catalog.catalog import Catalog
 from app.catalog.tables import Job, Task
 from app.catalog.types import JobKind, JobState
 from app.jobs.progress import Step
-from app.jobs.runner import Body, Planned
+from app.jobs.runner import Body, Moved, Planned
 
 STEP_SECONDS = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 
@@ -70,10 +70,10 @@ class Counted:
             finally:
                 await steps.aclose()
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         """The body's last part."""
         with self._metrics.running.labels(job.kind.value).track_inprogress():
-            return await self._body.publish(job, tasks)
+            return await self._body.publish(job, tasks, moved)
 
     async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
         """The body's end."""

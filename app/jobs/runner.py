@@ -10,6 +10,7 @@ import asyncio
 import errno
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import structlog
@@ -39,6 +40,10 @@ class Planned:
     params: dict[str, Any] = field(default_factory=dict)
 
 
+Moved = Callable[[Step], Awaitable[None]]
+"""Tell a step, and hear by an exception that the work is to stop."""
+
+
 class Body(Protocol):
     """What a kind of job does. Each of these may be done more than once: a lost worker's part is done anew."""
 
@@ -50,8 +55,11 @@ class Body(Protocol):
         """Do one part, yielding after each step."""
         ...
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
-        """All parts are done: make what they made visible; or give the numbers of those whose work is not there."""
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
+        """All parts are done: make what they made visible; or give the numbers of those whose work is not there.
+
+        `moved` may be awaited between steps before anything is visible.
+        """
         ...
 
     async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
@@ -137,7 +145,7 @@ class Runner:
                 if task.stage == PLAN:
                     await self._planned(job, task, await body.plan(job))
                 elif task.stage == PUBLISH:
-                    await self._publish(job, task, body)
+                    await self._publish(job, task, body, hold)
                 else:
                     await self._walk(job, task, body, hold)
         except Lost:
@@ -176,9 +184,7 @@ class Runner:
         steps = body.steps(job, task)
         try:
             async for step in steps:
-                await hold.moved(step)
-                if self._stopping:
-                    raise Stopping
+                await self._moved(hold, step)
         finally:
             await steps.aclose()
         columns = step.to_columns() if step else {}
@@ -187,6 +193,11 @@ class Runner:
             _must(await catalog.tasks.complete(task, **columns))
 
         await self._complete(job, write)
+
+    async def _moved(self, hold: Hold, step: Step) -> None:
+        await hold.moved(step)
+        if self._stopping:
+            raise Stopping
 
     async def _complete(self, job: Job, write: Callable[[Catalog], Awaitable[None]]) -> None:
         async def work(catalog: Catalog) -> Progress:
@@ -199,10 +210,13 @@ class Runner:
         self._watch(job, await self._database.patiently(work))
         await self._jobs.announce(job.id)
 
-    async def _publish(self, job: Job, task: Task, body: Body) -> None:
-        """Neither a cancel nor a stop undoes it: what the job was for can be seen from here on."""
+    async def _publish(self, job: Job, task: Task, body: Body, hold: Hold) -> None:
+        """Neither a cancel nor a stop undoes it: what the job was for can be seen from here on.
+
+        Until then, where publishing takes steps, both are heard between them.
+        """
         tasks = [one for one in await self._database.patiently(lambda c: c.tasks.of_job(job.id)) if one.number]
-        again = await body.publish(job, tasks[:-1])
+        again = await body.publish(job, tasks[:-1], partial(self._moved, hold))
 
         async def redo(catalog: Catalog) -> None:
             _must(await catalog.tasks.redo(task, again))
@@ -228,7 +242,7 @@ class Runner:
         async def work(catalog: Catalog) -> None:
             _must(await catalog.jobs.lock(job.id))
             if state is JobState.SUCCEEDED:
-                _must(await catalog.tasks.complete(task))
+                _must(await catalog.tasks.complete(task, done=task.total, total=task.total))  # its steps had others
                 progress = self._meters[job.id].read(await catalog.tasks.total(job.id))
                 await catalog.jobs.progress(job.id, progress.to_dict())
             else:

@@ -16,7 +16,7 @@ from app.catalog.types import JobKind, JobState, new_id
 from app.jobs.compute import Pool
 from app.jobs.progress import Step
 from app.jobs.queue import Queue
-from app.jobs.runner import Limits, Planned, Runner
+from app.jobs.runner import Limits, Moved, Planned, Runner
 from app.jobs.service import JobService
 from tests.conftest import Backend
 
@@ -51,7 +51,7 @@ class Counting:
             yield Step(number, STEPS)
         self.parts_done.append(task.params["part"])
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         again, self.missing = self.missing, []
         self.published += not again
         return again
@@ -250,13 +250,34 @@ async def test_a_cancel_during_the_publication_comes_too_late(database: Database
     body, job_id = Counting(), await submit(database)
     publish = body.publish
 
-    async def cancelled_late(job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def cancelled_late(job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         assert (await JobService(database, Queue("memory://")).cancel(job_id)).cancel_requested
-        return await publish(job, tasks)
+        return await publish(job, tasks, moved)
 
     body.publish = cancelled_late  # type: ignore[method-assign]
     assert (await finish(runner_of(database, body), database, job_id)).state is JobState.SUCCEEDED
     assert body.ends == [JobState.SUCCEEDED]
+
+
+async def test_a_cancel_between_the_steps_of_a_publication_is_heard(database: Database) -> None:
+    body, job_id = Counting(), await submit(database)
+
+    async def stepwise(job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
+        await moved(Step(1, 40, stage="curvature"))
+        assert (await look(database, job_id)).progress["stage"] == "curvature"
+        if cancel:
+            await JobService(database, Queue("memory://")).cancel(job_id)
+        await moved(Step(2, 40, stage="curvature"))
+        return ()
+
+    cancel = True
+    body.publish = stepwise  # type: ignore[method-assign]
+    job = await finish(runner_of(database, body), database, job_id)
+    assert (job.state, body.ends) == (JobState.CANCELLED, [JobState.CANCELLED])
+    cancel, job_id = False, await submit(database)
+    job = await finish(runner_of(database, body), database, job_id)
+    assert (job.state, job.progress["stage"]) == (JobState.SUCCEEDED, "publish")
+    assert job.progress["done"] == job.progress["total"] == PARTS * STEPS
 
 
 async def test_a_process_that_stops_hands_its_task_back(database: Database) -> None:

@@ -12,7 +12,7 @@ from app.catalog.tables import Dataset, IndexRow, Job, Model, Task
 from app.catalog.types import IndexState, JobKind, JobState, new_id
 from app.jobs.progress import Step
 from app.jobs.queue import Queue
-from app.jobs.runner import Limits, Planned, Runner
+from app.jobs.runner import Limits, Moved, Planned, Runner
 from app.jobs.service import JobService
 
 pytestmark = pytest.mark.asyncio
@@ -139,7 +139,7 @@ class Measuring:
         for number, loss in enumerate((2.0, 1.5), start=1):
             yield Step(number, 2, stage="training", unit="steps", metrics={"forget": loss}, note=f"step {number}")
 
-    async def publish(self, job: Job, tasks: Sequence[Task]) -> Sequence[int]:
+    async def publish(self, job: Job, tasks: Sequence[Task], moved: Moved) -> Sequence[int]:
         return ()
 
     async def ended(self, catalog: Catalog, job: Job, state: JobState, failure: Exception | None) -> dict[str, Any]:
