@@ -2,7 +2,8 @@
 
 Refusal            raised by the HTTP layer itself: says its own status
 CatalogError       NotFound 404; AlreadyExists, Conflict, Damaged 409; Unavailable, WrongSchema 503
-HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt 409;
+HeadwaterError     Row-, Query-, Model- and SpecError 422; Mismatch, IndexMissing, IndexCorrupt,
+                   FactorsMissing, FactorsCorrupt 409;
                    Shards-, BuildersMissing 503; DiskFull 507
 IntegrityError     409: somebody else was quicker
 DataError          422: a value that the database has no room for
@@ -29,6 +30,8 @@ from app.catalog.errors import AlreadyExists, CatalogError, Conflict, Damaged, N
 from app.influence.errors import (
     BuildersMissing,
     DiskFull,
+    FactorsCorrupt,
+    FactorsMissing,
     HeadwaterError,
     IndexCorrupt,
     IndexMissing,
@@ -90,6 +93,8 @@ KINDS: dict[type[Exception], tuple[int, str]] = {
     ModelError: (422, "bad-model"),
     SpecError: (422, "bad-index"),
     Mismatch: (409, "model-mismatch"),
+    FactorsMissing: (409, "factors-missing"),
+    FactorsCorrupt: (409, "factors-corrupt"),
     IndexMissing: (409, "index-missing"),
     IndexCorrupt: (409, "index-corrupt"),
     ShardsMissing: (503, "shards-missing"),

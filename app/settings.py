@@ -126,6 +126,13 @@ class Settings(BaseSettings):
     max_token_rows: int = Field(
         50, ge=1, description="Largest top_k of an influence query with token scores: each sample costs a pass or more."
     )
+    max_candidates: int = Field(1_000, ge=1, description="Most candidates that an influence query may have reranked.")
+    max_ekfac_bytes: int = Field(
+        4 * 1024 * MEBIBYTE,
+        ge=1,
+        description="Most bytes that the EK-FAC factors of a checkpoint may take, on disk and in memory while they are "
+        "fitted: 422 above.",
+    )
     max_query_chars: int = Field(100_000, ge=1, description="Most characters of prompt and generation together.")
     max_new_tokens: int = Field(512, ge=1, description="Most tokens that the model writes for a query.")
     max_length: int = Field(8_192, ge=1, description="Largest max_length (tokens a row) that an index may ask for.")

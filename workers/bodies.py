@@ -9,6 +9,7 @@ from app.jobs.compute import Compute
 from app.jobs.runner import Body
 from workers.build_index import AppendSamples, BuildIndex, RepairIndex
 from workers.engines import Engine
+from workers.fit_ekfac import FitEkfac
 from workers.unlearn import Unlearn
 from workers.value import Value
 
@@ -21,6 +22,7 @@ def make_bodies(
         JobKind.BUILD_INDEX: BuildIndex(database, compute, engine, indexes_dir),
         JobKind.APPEND_SAMPLES: AppendSamples(database, compute, engine, indexes_dir),
         JobKind.REPAIR_INDEX: RepairIndex(database, compute, engine, indexes_dir),
+        JobKind.FIT_EKFAC: FitEkfac(database, compute, engine, indexes_dir),
         JobKind.UNLEARN: Unlearn(compute, indexes_dir, artifacts_dir),
         JobKind.VALUATION: Value(database, compute, indexes_dir, artifacts_dir),
     }

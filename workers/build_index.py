@@ -265,5 +265,6 @@ def _step(progress: Progress) -> Step:
         work=progress.tokens if weighed else None,
         total_work=progress.total_tokens if weighed else None,
         resumed=progress.resumed,
-        stage=progress.stage if progress.stage == CURVATURE else None,
+        stage=progress.stage,
+        unit="modules" if progress.stage == "eigenvectors" else "rows",
     )

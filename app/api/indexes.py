@@ -14,6 +14,8 @@ from app.api.idempotency import IdempotentRoute
 from app.api.ingest import read_inline
 from app.api.schemas.common import Listing
 from app.api.schemas.indexes import (
+    EkfacAccepted,
+    EkfacIn,
     IndexAccepted,
     IndexIn,
     IndexOut,
@@ -27,7 +29,8 @@ from app.api.services import Cursor, Limit, Reading, Services, Use
 from app.catalog.catalog import Catalog
 from app.catalog.tables import INLINE, Dataset, IndexRow, Job
 from app.catalog.types import JobKind, new_id
-from app.influence.errors import SpecError
+from app.influence.ekfac import factor_bytes, read_record
+from app.influence.errors import FactorsCorrupt, SpecError
 from app.influence.index import delete
 from app.jobs.specs import index_from_json
 from app.problems import Refusal
@@ -77,9 +80,14 @@ async def list_indexes(
 
 
 @router.get("/{index}", responses=problems(404))
-async def get_index(index: IndexRef, catalog: Reading) -> IndexOut:
+async def get_index(index: IndexRef, catalog: Reading, services: Use) -> IndexOut:
     """One index with its manifest."""
-    return IndexOut.of(await catalog.indexes.get(index))
+    found = await catalog.indexes.get(index)
+    try:
+        record = await asyncio.to_thread(read_record, services.settings.indexes_dir / found.id)
+    except FactorsCorrupt:  # who wants to rerank is told; the index itself is whole
+        record = None
+    return IndexOut.of_index(found, record)
 
 
 @router.delete("/{index}", status_code=204, responses=problems(404, 409))
@@ -107,6 +115,27 @@ async def repair_index(index: IndexRef, services: Use, response: Response) -> In
         await work.catalog.indexes.job_submitted(job)
         await work.catalog.refresh(found)
     return _accepted(found, job, response)
+
+
+@router.post("/{index}/ekfac", status_code=202, responses=problems(404, 409))
+async def fit_ekfac(index: IndexRef, services: Use, response: Response, body: EkfacIn | None = None) -> EkfacAccepted:
+    """Fit EK-FAC factors over the rows of a ready index, for `"rerank": "ekfac"`: a job.
+
+    Two passes over the rows for each checkpoint. Until it is done the index answers as before, with the factors of the
+    last fit if there are any. A job that was killed or cancelled goes on from the sums that it kept.
+    """
+    body = body or EkfacIn()
+    async with services.work() as work:
+        found = await work.catalog.indexes.get(index)  # with the list of modules
+        await work.catalog.indexes.ready(index)
+        await work.catalog.indexes.require_idle(found.id)
+        size = factor_bytes((module["d_out"], module["d_in"]) for module in found.model.attributed)
+        _require_room(size, services)
+        params = {"index": found.id, **body.model_dump()}
+        job = await work.submit(Job(id=new_id("job"), kind=JobKind.FIT_EKFAC, index_id=found.id, params=params))
+    accepted = _accepted(found, job, response)
+    checkpoints = len(found.model.spec["checkpoints"]) or 1
+    return EkfacAccepted(index=accepted.index, job=accepted.job, bytes=size * checkpoints, memory=2 * size)
 
 
 @router.post("/{index}/samples", status_code=202, responses=problems(404, 409))
@@ -148,6 +177,16 @@ async def _dataset_to_add(body: SamplesIn, index: IndexRow, services: Services, 
     dataset = ingested.dataset(f"{index.name}+{new_id('rows')}", INLINE, {})
     await catalog.datasets.add(dataset, ingested.samples)
     return dataset
+
+
+def _require_room(size: int, services: Services) -> None:
+    most = services.settings.max_ekfac_bytes
+    if size > most:
+        detail = (
+            f"the EK-FAC factors of this model take {size:,} bytes a checkpoint, and at most {most:,} are allowed: "
+            'rerank by "exact", index an adapter of the model instead, or raise HEADWATER_MAX_EKFAC_BYTES'
+        )
+        raise Refusal(422, "invalid-request", detail, field="index")
 
 
 def _require_few(count: int, services: Services, field: str) -> None:

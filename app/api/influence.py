@@ -23,6 +23,7 @@ from app.api.schemas.influence import (
     InfluenceOut,
     OptionsIn,
     QueryIn,
+    RecallOut,
     TokenOut,
     TrainTokenOut,
 )
@@ -94,7 +95,21 @@ def _options(body: OptionsIn, services: Services) -> Options:
     if body.tokens != "none" and body.top_k > most:
         detail = f'with token scores top_k may be at most {most}: ask for {most} or fewer, or send "tokens": "none"'
         raise Refusal(422, "invalid-request", detail, field="top_k")
-    return Options(top_k=body.top_k, tokens=body.tokens, direction=body.direction, normalize=body.normalize)
+    if body.rerank != "none":
+        most = services.settings.max_candidates
+        if body.candidates > most:
+            raise Refusal(422, "invalid-request", f"candidates may be at most {most}", field="candidates")
+        if body.candidates < body.top_k:
+            detail = f"candidates ({body.candidates}) must be at least top_k ({body.top_k})"
+            raise Refusal(422, "invalid-request", detail, field="candidates")
+    return Options(
+        top_k=body.top_k,
+        tokens=body.tokens,
+        direction=body.direction,
+        normalize=body.normalize,
+        rerank=body.rerank,
+        candidates=body.candidates,
+    )
 
 
 async def _among(conditions: Sequence[Condition], index: IndexRow, options: Options, services: Services) -> Options:
@@ -230,6 +245,7 @@ def _hit(hit: Hit, sample: Sample) -> HitOut:
         metadata=sample.extra,
         score=hit.score,
         percentile=hit.percentile,
+        recall=None if hit.recall is None else RecallOut(score=hit.recall.score, rank=hit.recall.rank),
         token_scores=hit.token_scores,
         train_tokens=None if hit.train_tokens is None else [TrainTokenOut(**asdict(one)) for one in hit.train_tokens],
         pair_scores=hit.pair_scores,

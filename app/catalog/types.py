@@ -39,6 +39,7 @@ class JobKind(StrEnum):
     BUILD_INDEX = "build_index"
     APPEND_SAMPLES = "append_samples"
     REPAIR_INDEX = "repair_index"
+    FIT_EKFAC = "fit_ekfac"
     UNLEARN = "unlearn"
     VALUATION = "valuation"
 

@@ -7,6 +7,8 @@
     ├── SpecError       an index asked for with impossible settings
     ├── IndexMissing    no manifest where an index should be
     ├── IndexCorrupt    a shard whose bytes are not those that were written
+    ├── FactorsMissing  no EK-FAC factors where a query asks for them
+    ├── FactorsCorrupt  EK-FAC factors whose bytes are not those that were written
     ├── ShardsMissing   shards that no machine holds at the moment
     ├── BuildersMissing no machine to compute a shard on at the moment
     ├── Mismatch        a model that the index was not built from
@@ -68,6 +70,22 @@ class IndexCorrupt(HeadwaterError):
     def __reduce__(self) -> tuple[Any, ...]:
         """Between processes."""
         return partial(IndexCorrupt, self.detail, shard=self.shard), ()
+
+
+class FactorsMissing(HeadwaterError):
+    """The index has no EK-FAC factors, or none of the model as it is."""
+
+
+class FactorsCorrupt(HeadwaterError):
+    """EK-FAC factors that are missing, truncated or altered; `file` names them."""
+
+    def __init__(self, detail: str, *, file: str) -> None:
+        super().__init__(detail, field="rerank")
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Between processes."""
+        return partial(FactorsCorrupt, self.detail, file=self.file), ()
 
 
 class ShardsMissing(HeadwaterError):

@@ -244,6 +244,7 @@ class Searchable(ABC):
         self.path, self.manifest, self._rows, self.curvature = path, manifest, shards, curvature
         self.ids = [row for shard in shards for row, live in zip(shard.ids, shard.live, strict=True) if live]
         self._places = {row: (n, at) for n, s in enumerate(shards) for at, row in enumerate(s.ids) if s.live[at]}
+        self.opened: dict[str, Any] = {}  # what else of its folder was read, by whom it was
 
     @property
     def rows(self) -> int:

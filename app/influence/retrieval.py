@@ -20,13 +20,12 @@ from app.influence.building import batches
 from app.influence.corpus import Encoder, Example, Message, Row
 from app.influence.curvature import DAMPING, Curvature, Precondition
 from app.influence.errors import QueryError
-from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients, token_scores
-from app.influence.index import Normalize, Searchable
+from app.influence.gradients import Gradients, Plan, gradients, losses, plan_for, token_gradients
+from app.influence.index import Normalize, Ranked, Searchable
 from app.influence.models import Checkpoint, LoadedModel
+from app.influence.rerank import Rerank, Reranked, Reranker
+from app.influence.tokens import Route, TrainToken, texts_of, token_products
 
-Route = Literal["backwards", "nudges"]
-NUDGE_ERROR = 0.02  # of the largest score
-NUDGED_TOKENS = 2048  # tokens in one nudged forward pass
 NOTHING = "the index has no row that may be found: none is left, or none matches the filter"
 
 
@@ -41,13 +40,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Options:
-    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any)."""
+    """How to rank, and which token scores to add; `among`: ids of the only rows that may be found (None: any).
+
+    `rerank`: by which better score (rerank.py) the best `candidates` of each direction are ordered anew.
+    """
 
     top_k: int = 10
     tokens: Literal["none", "query", "train", "both"] = "query"
     direction: Literal["proponents", "opponents", "both"] = "proponents"
     normalize: Literal["none", "unit"] = "unit"
     precondition: Precondition = "none"
+    rerank: Rerank = "none"
+    candidates: int = 200
     among: frozenset[str] | None = field(default=None, repr=False)
 
 
@@ -63,28 +67,43 @@ class Token:
 
 
 @dataclass(frozen=True)
-class TrainToken:
-    """A token of a training row's response and its share of the row's score."""
+class Recall:
+    """A reranked row's score by the index, and its place among the candidates of its direction, from 1."""
 
-    text: str
     score: float
+    rank: int
 
 
 @dataclass
 class Hit:
-    """A row. `percentile` is the share of the rows that may be found, in percent, that score below it."""
+    """A row. `percentile` is the share of the rows that may be found, in percent, that score below it.
+
+    A reranked row's is that of its new place; `recall` is what it had before.
+    """
 
     id: str
     score: float
     percentile: float
+    recall: Recall | None = None
     token_scores: list[float] | None = None
     train_tokens: list[TrainToken] | None = None
     pair_scores: list[list[float]] | None = None  # [train token][query token]
 
 
 @dataclass(frozen=True)
+class RecallDefinition:
+    """The score by which the index chose, and how many rows of each direction it brought."""
+
+    name: str
+    formula: str
+    candidates: int
+
+
+@dataclass(frozen=True)
 class Definition:
-    """What the scores mean; where they are preconditioned, by which damping, in mean eigenvalues, and whose moments."""
+    """What the scores mean; where they are preconditioned, by which damping, in mean eigenvalues, and whose moments;
+    `recall`: by what the index chose the candidates, where other scores ordered them.
+    """
 
     name: str
     formula: str
@@ -96,6 +115,7 @@ class Definition:
     projection: dict[str, Any]
     checkpoints: list[dict[str, Any]]
     tokens_route: Route | None
+    recall: RecallDefinition | None = None
 
 
 @dataclass
@@ -121,11 +141,13 @@ def influence(
 
     Raises:
         QueryError: an empty or over-long generation, or a span without a token. Mismatch: another model.
+        FactorsMissing, FactorsCorrupt: the rows are to be reranked by factors that cannot be had.
     """
     if options.top_k < 1:
         raise QueryError("top_k is at least 1", field="top_k")
     metric = _Metric(index, options)
     index.check(model)
+    reranker = None if options.rerank == "none" else Reranker(model, index, options, row_of)
     kept = index.manifest.index_spec
     plan = plan_for(model, kept.projection, kept.normalisation)
     encoder = model.encoder(kept.template)
@@ -145,26 +167,33 @@ def influence(
             "proponents": options.direction != "opponents",
             "opponents": options.direction != "proponents",
         }
-        ranked = {
-            name: index.top(vectors, options.top_k, metric.rows, name == "proponents", options.among)
+        reach = options.top_k if reranker is None else options.candidates
+        ranked: dict[str, Sequence[Sequence[Ranked]]] = {
+            name: index.top(vectors, reach, metric.rows, name == "proponents", options.among)
             for name, asked_for in wanted.items()
             if asked_for
         }
+    if reranker is not None:
+        with _timed(timings, "rerank"):
+            ranked = {**reranker.order(examples, ranked)}
     scorer = _Tokens(model, index, plan, model.encoder(kept.template, kept.max_length), options, row_of, metric)
     answers = []
     for number, one in enumerate(asked):
         mine = dict(timings)
         route: Route | None = None
         proponents, opponents = (
-            [Hit(r.id, r.score, r.below) for r in ranked[name][number] if sign * r.score > 0] if name in ranked else []
+            [_hit(r) for r in ranked[name][number] if sign * r.score > 0] if name in ranked else []
             for name, sign in (("proponents", 1), ("opponents", -1))
         )
         hits = [*proponents, *opponents]
         if options.tokens != "none" and hits:
             with _timed(mine, "tokens"):
-                route = scorer.add(
-                    one.example, [f.divisors[number] for f in found], weights[number], vectors[number], hits
-                )
+                if reranker is not None:
+                    route = reranker.add_tokens(one.example, hits)
+                else:
+                    route = scorer.add(
+                        one.example, [f.divisors[number] for f in found], weights[number], vectors[number], hits
+                    )
         own = found[-1].losses[number]
         with _timed(mine, "losses"):
             each = own if one.whole is one.example else losses(model, model.checkpoints[-1], [one.whole])[0]
@@ -174,9 +203,10 @@ def influence(
                 loss=float(own.mean()),
                 proponents=proponents,
                 opponents=opponents,
-                definition=_definition(index, options, route),
+                definition=_reranked(reranker, _definition(index, options, route)),
                 warnings=[
                     *index.manifest.warnings,
+                    *([] if reranker is None else reranker.warnings),
                     *_loss_warning(index, float(own.mean())),
                     *([] if any(found[number] for found in ranked.values()) else [NOTHING]),
                 ],
@@ -276,12 +306,7 @@ def _curvature(index: Searchable) -> Curvature:
 
 
 class _Tokens:
-    """Token scores of retrieved rows.
-
-    Two routes to the same numbers (METHODS section 2): a backward pass for each token of the generation, or two
-    forward passes for each row with the modules nudged along it. A backward pass costs about two forward passes, so the
-    rows are nudged when they are fewer than the tokens.
-    """
+    """Token scores of retrieved rows."""
 
     def __init__(
         self,
@@ -335,7 +360,7 @@ class _Tokens:
             scaled = directions / norm.repeat_interleave(self.plan.width)
             scores, route = self._scores(row, [f.divisors[0] for f in found], scaled, (scaled @ own).tolist())
             routes.add(route)
-            texts = _texts(row)
+            texts = texts_of(row)
             hit.train_tokens = [TrainToken(t, s) for t, s in zip(texts, scores.mean(1).tolist(), strict=True)]
             if self.options.tokens == "both":
                 hit.pair_scores = scores.tolist()
@@ -345,40 +370,7 @@ class _Tokens:
     def _scores(
         self, example: Example, divisors: Sequence[torch.Tensor], directions: torch.Tensor, known: Sequence[float]
     ) -> tuple[torch.Tensor, Route]:
-        """The inner products [targets, n] of an example's token gradients with directions [n, checkpoints * width].
-
-        `known` are those of the example's own gradient, to which the tokens' must average. Where they do not (the model
-        bends too much within the nudge for a difference quotient), the exact route is taken.
-        """
-        parts = list(zip(self.model.checkpoints, divisors, directions.split(self.plan.width, 1), strict=True))
-        exact = torch.tensor(known)
-        scores = torch.zeros(len(example.positions), len(directions))
-        if len(directions) < len(example.positions) and self.model.model.dtype in (torch.float32, torch.float64):
-            scores = sum((self._nudged(c, example, d, part) for c, d, part in parts), scores)
-            if bool(((scores.mean(0) - exact).abs() <= NUDGE_ERROR * scores.abs().amax(0)).all()):
-                return scores, "nudges"
-        each = (token_gradients(self.model, c, self.plan, example, d, part).float().cpu() for c, d, part in parts)
-        return sum(each, torch.zeros_like(scores)), "backwards"
-
-    def _nudged(
-        self, checkpoint: Checkpoint, example: Example, divisors: torch.Tensor, directions: torch.Tensor
-    ) -> torch.Tensor:
-        """[targets, n], so many directions at a time as a pass has room for."""
-        many = max(1, NUDGED_TOKENS // len(example.ids))
-        parts = [
-            token_scores(self.model, checkpoint, self.plan, example, divisors, part) for part in directions.split(many)
-        ]
-        return torch.cat(parts, 1).float().cpu()
-
-
-def _texts(row: Example) -> list[str]:
-    """The targets' texts; a character of several tokens is shown by the first."""
-    texts, shown = [], 0
-    for position in row.positions:
-        start, end = row.offsets[position]
-        texts.append(row.text[max(start, shown) : end])
-        shown = max(shown, end)
-    return texts
+        return token_products(self.model, self.plan, example, divisors, directions, known)
 
 
 def _gradients(
@@ -422,6 +414,19 @@ def _definition(index: Searchable, options: Options, route: Route | None) -> Def
         checkpoints=[{"name": c["name"], "weight": c["weight"]} for c in index.manifest.checkpoints],
         tokens_route=route,
     )
+
+
+def _hit(row: Ranked) -> Hit:
+    recall = Recall(row.recall_score, row.recall_rank) if isinstance(row, Reranked) else None
+    return Hit(row.id, row.score, row.below, recall)
+
+
+def _reranked(reranker: Reranker | None, by_index: Definition) -> Definition:
+    """What the scores mean where a reranker had the last word."""
+    if reranker is None:
+        return by_index
+    recall = RecallDefinition(by_index.name, by_index.formula, reranker.options.candidates)
+    return replace(by_index, name=reranker.name, formula=reranker.formula, recall=recall)
 
 
 def _loss_warning(index: Searchable, loss: float) -> list[str]:

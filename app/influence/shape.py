@@ -3,7 +3,7 @@
 Only what is read from it is held to a shape; keys that a later version adds do no harm.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -54,3 +54,20 @@ def require_shape(manifest: dict[str, Any]) -> None:
     for shard in _Manifest.model_validate(manifest).shards:
         for name, size, digest in shard.files:
             _File(name=name, size=size, digest=digest)
+
+
+class _Factors(_Shape):
+    spec: dict[str, Any]
+    fingerprint: dict[str, str]
+    files: Annotated[list[Annotated[list[Any], Field(min_length=3, max_length=3)]], Field(min_length=1)]
+    rows: Count
+    of: Count
+    ids: str
+    tokens: Count
+    format: Literal[1]
+
+
+def require_factors_shape(record: Any) -> None:
+    """Raise ValueError unless a parsed record of EK-FAC factors has the shape of one."""
+    for name, size, digest in _Factors.model_validate(record).files:
+        _File(name=name, size=size, digest=digest)

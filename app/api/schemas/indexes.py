@@ -10,6 +10,7 @@ from app.api.schemas.datasets import InlineRow
 from app.api.schemas.jobs import JobOut
 from app.catalog.tables import IndexRow
 from app.catalog.types import IndexState
+from app.influence.ekfac import Record, rows_print
 
 
 class ProjectionIn(Body):
@@ -76,6 +77,15 @@ class SamplesRemoval(Body):
     ids: list[Text] = Field(min_length=1, description="Stable ids of samples.", examples=[["3f9a0c11e23f9a0c"]])
 
 
+class EkfacIn(Body):
+    """EK-FAC factors to fit."""
+
+    rows: Integer = Field(
+        10_000, ge=1, description="Most rows to fit on, evenly spaced over the index.", examples=[10_000]
+    )
+    seed: Integer = Field(0, ge=0, lt=2**63, description="Of the labels that are drawn from the model.", examples=[0])
+
+
 class Removed(BaseModel):
     """What a deletion did."""
 
@@ -106,6 +116,32 @@ class IndexSummary(BaseModel):
         return cls(**_summary(index))
 
 
+class EkfacFile(BaseModel):
+    """The factors of one checkpoint."""
+
+    name: str = Field(description="The file.", examples=["00-894fc0bb058929f6.safetensors"])
+    bytes: int = Field(description="Its size.", examples=[8659488])
+    sha256: str = Field(description="Its checksum.")
+
+
+class EkfacOut(BaseModel):
+    """EK-FAC factors that lie beside an index."""
+
+    rows: int = Field(description="Rows that they were fitted on.", examples=[211])
+    of: int = Field(description="Rows that the index held then.", examples=[211])
+    stale: bool = Field(description="Rows were added or removed since. They can still be used.", examples=[False])
+    bytes: int = Field(description="What they take on disk, and about as much memory while they are used.")
+    spec: dict[str, Any] = Field(description="How they were fitted.", examples=[{"labels": "sampled", "draws": 4}])
+    files: list[EkfacFile] = Field(description="One a checkpoint.")
+
+    @classmethod
+    def of_record(cls, record: Record, index: IndexRow) -> Self:
+        """As the record beside the index's manifest has it."""
+        files = [EkfacFile(name=name, bytes=size, sha256=digest) for name, size, digest in record.files]
+        stale = bool(index.manifest) and record.ids != rows_print(index.manifest)
+        return cls(rows=record.rows, of=record.of, stale=stale, bytes=record.bytes, spec=record.spec, files=files)
+
+
 class IndexOut(IndexSummary):
     """An index with its manifest."""
 
@@ -116,11 +152,15 @@ class IndexOut(IndexSummary):
     manifest: dict[str, Any] | None = Field(
         description="What its numbers mean: hashes, projection, modules, checkpoints, shards. Null until built."
     )
+    ekfac: EkfacOut | None = Field(
+        description="Its EK-FAC factors, if there are any; `POST /indexes/{index}/ekfac` fits them."
+    )
 
     @classmethod
-    def of(cls, index: IndexRow) -> Self:
-        """As the catalog has it."""
-        return cls(**_summary(index), damage=index.damage, manifest=index.manifest or None)
+    def of_index(cls, index: IndexRow, record: Record | None) -> Self:
+        """As the catalog and the index's folder have it."""
+        ekfac = EkfacOut.of_record(record, index) if record else None
+        return cls(**_summary(index), damage=index.damage, manifest=index.manifest or None, ekfac=ekfac)
 
 
 class IndexAccepted(BaseModel):
@@ -128,6 +168,17 @@ class IndexAccepted(BaseModel):
 
     index: IndexSummary = Field(description="The index.")
     job: JobOut = Field(description="The job; its address is in `Location`.")
+
+
+class EkfacAccepted(IndexAccepted):
+    """Factors that will be there when their job is done."""
+
+    bytes: int = Field(description="What they will take on disk: all checkpoints together.", examples=[17318976])
+    memory: int = Field(
+        description="What fitting them takes beside the model: the factors of one checkpoint, and as much again while "
+        "they are written.",
+        examples=[17318976],
+    )
 
 
 def _summary(index: IndexRow) -> dict[str, Any]:

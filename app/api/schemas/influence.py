@@ -75,6 +75,15 @@ class OptionsIn(Body):
         "unit",
         description="`unit`: cosine, so that samples with large gradients do not win everywhere; `none`: dot product.",
     )
+    rerank: Literal["none", "exact", "ekfac"] = Field(
+        "none",
+        description="Order the `candidates` that the index finds by a better score: `exact` gradients, not projected; "
+        "`ekfac`: the same, corrected for what all rows have in common (`POST /indexes/{index}/ekfac` once before). "
+        "Costs a forward and a backward pass for each candidate and checkpoint.",
+    )
+    candidates: Integer = Field(
+        200, ge=1, description="How many rows of each direction are reranked; at least `top_k`.", examples=[200]
+    )
     filter: Filter | None = Field(None, description=FILTER, examples=[EXAMPLE])
 
 
@@ -105,6 +114,13 @@ class TrainTokenOut(BaseModel):
     score: float = Field(description="Its part of the sample's score.", examples=[0.012])
 
 
+class RecallOut(BaseModel):
+    """What a reranked sample had before."""
+
+    score: float = Field(description="Its score by the index.", examples=[0.31])
+    rank: int = Field(description="Its place among the candidates of its direction, from 1.", examples=[17])
+
+
 class HitOut(BaseModel):
     """A training sample and how much it pushed."""
 
@@ -114,8 +130,11 @@ class HitOut(BaseModel):
     metadata: dict[str, Any] = Field(description="Its other columns.", examples=[{"family": "harbour"}])
     score: float = Field(description="Its influence: positive towards the generation.", examples=[0.42])
     percentile: float = Field(
-        description="Share of the index's rows that score lower; with a filter, of those that match.", examples=[99.5]
+        description="Share of the index's rows that score lower; with a filter, of those that match. Reranked: that of "
+        "the new place, where rows that were not recalled lie beyond those that were.",
+        examples=[99.5],
     )
+    recall: RecallOut | None = Field(None, description="Score and place by the index, if the rows were reranked.")
     token_scores: list[float] | None = Field(
         None, description="The score split over the generation's tokens in the span.", examples=[[0.11, 0.31]]
     )
@@ -132,12 +151,20 @@ class CheckpointWeight(BaseModel):
     weight: float = Field(description="Its weight in the sum.", examples=[1.0])
 
 
+class RecallDefinitionOut(BaseModel):
+    """By what the index chose the rows that were reranked."""
+
+    name: str = Field(description="The index's own score.", examples=["layer_cosine"])
+    formula: str = Field(description="Its formula.")
+    candidates: int = Field(description="How many rows of each direction it was to bring.", examples=[200])
+
+
 class DefinitionOut(BaseModel):
     """What the scores mean."""
 
     name: str = Field(
         description="`gradient_dot`, `gradient_cosine`, or `layer_dot`, `layer_cosine` on an index of layer-normalised "
-        "gradients.",
+        "gradients; with `exact_` before it, or `ekfac_dot`, `ekfac_cosine`, if the rows were reranked.",
         examples=["gradient_cosine"],
     )
     formula: str = Field(
@@ -149,6 +176,9 @@ class DefinitionOut(BaseModel):
     projection: dict[str, Any] = Field(description="How gradients were compressed.", examples=[{"kind": "kronecker"}])
     checkpoints: list[CheckpointWeight] = Field(description="What the scores are summed over.")
     tokens_route: str | None = Field(description="How token scores were computed.", examples=["backwards"])
+    recall: RecallDefinitionOut | None = Field(
+        description="What the index chose the candidates by, if the rows were reranked."
+    )
 
 
 class InfluenceOut(BaseModel):
