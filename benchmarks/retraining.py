@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from facts import Facts, facts
+from measuring import spearman
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -157,12 +158,12 @@ class Bank:
     def lds(self, scores: NDArray[Any]) -> NDArray[np.float64]:
         """The LDS of each query, [queries], of scores [queries, rows]; higher scores mean lower losses."""
         predicted = self.masks.astype(np.float64) @ scores.astype(np.float64).T  # [subsets, queries]
-        return _correlations(predicted, -self.losses.mean(1))
+        return spearman(predicted, -self.losses.mean(1))
 
     @property
     def agreement(self) -> NDArray[np.float64]:
         """[queries], how well one seed's losses foretell another's: what no ranking can be expected to pass by far."""
-        return _correlations(self.losses[:, 0], self.losses[:, 1])
+        return spearman(self.losses[:, 0], self.losses[:, 1])
 
 
 def fill(
@@ -189,19 +190,3 @@ def fill(
         np.save(file.with_suffix(".new.npy"), losses)
         file.with_suffix(".new.npy").replace(file)
     return Bank(masks, losses)
-
-
-def ranks(values: NDArray[Any]) -> NDArray[np.float64]:
-    """Ranks along the first axis, equal values sharing the mean of theirs."""
-    found = np.empty(values.shape, dtype=np.float64)
-    for column in range(values.shape[1]):
-        _, place, many = np.unique(values[:, column], return_inverse=True, return_counts=True)
-        found[:, column] = (many.cumsum() - (many - 1) / 2)[place]
-    return found
-
-
-def _correlations(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
-    """Spearman's of each column, [columns], of two [n, columns]; 0 where a column is constant."""
-    a, b = (ranks(each) - (len(each) + 1) / 2 for each in (first, second))
-    scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.divide((a * b).sum(0), scale, out=np.zeros(a.shape[1]), where=scale > 0)

@@ -1,9 +1,9 @@
-"""What a driver is given, and what it hands back: files in a folder, so that each peer can live in an environment of its
-own. Only numpy and the standard library are needed here.
+"""What a driver is given and what it hands back, in a folder, so that each peer can live in an environment of its own.
 
 A job is `job.json` (model folder, method, token budget), `rows.npz` and `queries.npz` (token ids of all sequences one
-after the other, their lengths, and which of them are targets). A driver writes `scores.npy` [queries, rows] where higher
-means that the row pushed the model towards the query, and `result.json`.
+after the other, their lengths, and which of them are targets). A driver writes `scores.npy` [queries, rows], where
+higher means that the row pushed the model towards the query, and `result.json`. Only numpy and the standard library
+are needed here.
 """
 
 from __future__ import annotations
