@@ -123,6 +123,17 @@ def peak_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
+def padded(samples: Sequence[Sample]) -> dict[str, Any]:
+    """int64 arrays [samples, seq], by the names that transformers has for them."""
+    length = max(len(sample.ids) for sample in samples)
+    rest = [length - len(sample.ids) for sample in samples]
+    return {
+        "input_ids": np.array([s.ids + [0] * more for s, more in zip(samples, rest, strict=True)]),
+        "labels": np.array([s.labels + [IGNORED] * more for s, more in zip(samples, rest, strict=True)]),
+        "attention_mask": np.array([[1] * len(s.ids) + [0] * more for s, more in zip(samples, rest, strict=True)]),
+    }
+
+
 def batches(samples: Sequence[Sample], budget: int) -> list[list[int]]:
     """Places of sequences of similar length, so many together that they stay within the budget of padded tokens."""
     found: list[list[int]] = []
