@@ -9,8 +9,8 @@ that sees this one's packages (torch above all) behind its own; where that fails
 is a row of the table, with the last line of what it said. benchmarks/peers/ has one driver a peer.
 
 Cost is that of the loop over the rows, not of the start of a process. RapidIn's procedure is measured on a few rows,
-since it takes seconds for each. A repeat runs all contenders one after the other, and ratios are taken within it: a busy
-machine slows all alike.
+since it takes seconds for each. A repeat runs all contenders one after the other, and ratios are taken within it: a
+busy machine slows all alike.
 """
 
 from __future__ import annotations
