@@ -90,7 +90,14 @@ PEERS = {
     "kronfluence": Peer(
         "peer_kronfluence.py", ("kronfluence==1.0.1",), ("einconv==0.1.0", "einops==0.8.2", "opt_einsum==3.4.0")
     ),
-    "captum": Peer("peer_captum.py", ("captum==0.9.0",)),
+    "captum": Peer(
+        "peer_captum.py",
+        ("captum==0.9.0",),
+        (
+            *("contourpy==1.3.3", "cycler==0.12.1", "fonttools==4.68.0", "kiwisolver==1.5.1", "matplotlib==3.11.2"),
+            *("pillow==13.0.0", "pyparsing==3.3.3", "python-dateutil==4.0.0", "tzdata==2026.6"),
+        ),
+    ),
     "traker": Peer("peer_traker.py", ("traker==0.3.2",)),
     "dattri": Peer("peer_dattri.py", ("dattri==0.3.0",)),
     "dattri-llm": Peer("peer_dattri_llm.py", ("dattri-llm==0.1.0",)),
