@@ -71,7 +71,8 @@ RERANKED = (
     way("rerank ekfac, dot", "none", normalize="none", rerank="ekfac"),
     way("rerank ekfac", "none", rerank="ekfac"),
 )
-STUDIED = ("none", "layer", "layer, fisher", "layer, trackstar")
+STUDIED = (INDEX_WAYS[0], INDEX_WAYS[3], INDEX_WAYS[5])
+"""At every checkpoint; the last of RERANKED at every third."""
 SKETCHES = (
     *(ProjectionSpec("kronecker", p) for p in (4, 8, 16, 32)),
     *(ProjectionSpec("global", k) for k in (1024, 4096, 16384)),
@@ -87,10 +88,10 @@ if not console.is_terminal:
 
 
 class Quality:
-    """One laboratory, its bank, and all that is measured on it."""
+    """One laboratory, and the scores of its rows; the bank comes last, so that what is retrained meanwhile is there."""
 
-    def __init__(self, laboratory: Laboratory, bank: Bank, epochs: Sequence[float]) -> None:
-        self.laboratory, self.bank, self.epochs = laboratory, bank, epochs
+    def __init__(self, laboratory: Laboratory, epochs: Sequence[float]) -> None:
+        self.laboratory = laboratory
         world = laboratory.world
         self.rows = world.rows
         self.queries = [Query(messages(q.prompt), q.response) for q in world.queries]
@@ -99,24 +100,28 @@ class Quality:
         named = np.array([q.named for q in world.queries])
         self.kinds = {"nameless": ~named, "named": named}
         self.specs = dict(zip(epochs, laboratory.checkpoints(epochs), strict=True))
-        self.last = load(self.specs[laboratory.recipe.epochs])
+        self.spec = self.specs[laboratory.recipe.epochs]
+        self.last = load(self.spec)
 
-    def answers(self, peers: dict[str, Scores], ways: Sequence[Way]) -> dict[str, Any]:
-        """Every ranking of the last checkpoint's rows."""
-        agreement = {kind: mean(self.bank.agreement[some]) for kind, some in self.kinds.items()}
-        found = baselines(self.last, self.rows, self.queries, self.laboratory.queries) | peers
-        seconds: dict[str, float] = {}
-        for scored in self._attribute(self.specs[self.laboratory.recipe.epochs], ways):
+    def rankings(self, ways: Sequence[Way]) -> tuple[dict[str, Scores], dict[str, float]]:
+        """Of the last checkpoint's rows; and the seconds that all queries took together."""
+        found = baselines(self.last, self.rows, self.queries, self.laboratory.queries)
+        seconds = {}
+        for scored in self._attribute(self.spec, ways):
             found[f"Headwater: {scored.way.name}"] = scored.scores
             seconds[scored.way.name] = scored.query_seconds
-        steps = self._steps()
+        return found, seconds
+
+    def answers(self, bank: Bank, found: dict[str, Scores], steps: Scores) -> dict[str, Any]:
+        """What every ranking is worth."""
+        agreement = {kind: mean(bank.agreement[some]) for kind, some in self.kinds.items()}
         table = Table("ranking", title=f"Answers at the last checkpoint, {len(self.rows)} rows")
         for kind in KINDS:
             for name in ("LDS", "MRR", "R@1", "R@10", "tail-patch"):
                 table.add_column(f"{kind}\n{name}", justify="right")
         record: dict[str, Any] = {}
         for name, scores in found.items():
-            record[name] = self._worth(scores, steps)
+            record[name] = self._worth(bank, scores, steps)
             cells: list[str] = []
             for kind in KINDS:
                 one = record[name][kind]
@@ -125,13 +130,13 @@ class Quality:
             table.add_row(name, *cells)
         console.print(table)
         console.print(
-            f"LDS over {len(self.bank.masks)} halves; one seed's losses foretell the other's by "
+            f"LDS over {len(bank.masks)} halves; one seed's losses foretell the other's by "
             + ", ".join(f"{value.value:.2f} ({kind})" for kind, value in agreement.items())
         )
-        return {"agreement": _plain(agreement), "rankings": _plain(record), "query_seconds": seconds}
+        return {"agreement": _plain(agreement), "rankings": _plain(record)}
 
-    def _worth(self, scores: Scores, steps: Scores) -> dict[str, dict[str, Any]]:
-        lds, place = self.bank.lds(scores), places(scores, self.gold)
+    def _worth(self, bank: Bank, scores: Scores, steps: Scores) -> dict[str, dict[str, Any]]:
+        lds, place = bank.lds(scores), places(scores, self.gold)
         top = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
         patch = np.take_along_axis(steps, top, 1).mean(1)
         measured = {"LDS": lds, "MRR": 1 / place, "R@1": place <= 1, "R@10": place <= 10, "tail-patch": patch}
@@ -140,7 +145,7 @@ class Quality:
             for kind, some in self.kinds.items()
         }
 
-    def _steps(self) -> Scores:
+    def steps(self) -> Scores:
         """[queries, rows], how much a step on each row lowers each query's loss."""
         model: Any = self.last.model
         began = {name: weight.clone() for name, weight in model.state_dict().items()}
@@ -163,7 +168,6 @@ class Quality:
 
     def fidelity(self, sketches: Sequence[ProjectionSpec]) -> dict[str, Any]:
         """Scores by sketches beside those by whole gradients, all as `unit` compares them."""
-        spec = self.specs[self.laboratory.recipe.epochs]
         table = Table("projection", "numbers a row", title="Sketch fidelity, against whole gradients")
         for layout in ("none", "layer"):
             for name in ("Spearman", "top 10"):
@@ -171,8 +175,8 @@ class Quality:
         named = {f"{s.kind} {s.size}": s for s in sketches}
         found: dict[str, dict[str, Any]] = {name: {} for name in named}
         for layout in ("none", "layer"):
-            (exact,) = self._attribute(spec, [way("exact", layout, EXACT)])
-            for scored in self._attribute(spec, [way(name, layout, s) for name, s in named.items()]):
+            (exact,) = self._attribute(self.spec, [way("exact", layout, EXACT)])
+            for scored in self._attribute(self.spec, [way(name, layout, s) for name, s in named.items()]):
                 one = found[scored.way.name]
                 one["width"] = scored.manifest["width"]
                 one[layout] = {
@@ -185,18 +189,19 @@ class Quality:
         console.print(table)
         return _plain(found)
 
-    def moments(self, names: Sequence[str]) -> list[Moment]:
-        """Every checkpoint, by the named settings."""
-        ways = [one for one in INDEX_WAYS if one.name in names]
-        return [_moment(epoch, list(self._attribute(spec, ways))) for epoch, spec in self.specs.items()]
+    def moments(self) -> list[Moment]:
+        """Every checkpoint."""
+        return [
+            _moment(epoch, self._attribute(spec, _studied(number)))
+            for number, (epoch, spec) in enumerate(self.specs.items())
+        ]
 
-    @property
-    def measures(self) -> dict[str, progress.Worth]:
+    def measures(self, bank: Bank) -> dict[str, progress.Worth]:
         """Of scores: LDS of all queries, and MRR of the nameless."""
         some = self.kinds["nameless"]
         gold = [gold for gold, wanted in zip(self.gold, some, strict=True) if wanted]
         return {
-            "LDS": lambda scores: float(self.bank.lds(scores).mean()),
+            "LDS": lambda scores: float(bank.lds(scores).mean()),
             "MRR": lambda scores: float((1 / places(scores[some], gold)).mean()),
         }
 
@@ -205,24 +210,27 @@ class Quality:
             return list(attribute(load(spec), self.rows, self.queries, ways, self.laboratory.world.heldout))
 
 
+def _studied(number: int) -> list[Way]:
+    return [*STUDIED, *([RERANKED[-1]] if number % 3 == 0 else [])]
+
+
 def _moment(epoch: float, scored: Sequence[Any]) -> Moment:
     checkpoint = scored[0].manifest["checkpoints"][0]
     scores = {one.way.name: one.scores for one in scored}
     return Moment(epoch, checkpoint["train_loss"], checkpoint["heldout_loss"], scores)
 
 
-def planted(epochs: Sequence[float], names: Sequence[str]) -> tuple[list[Moment], dict[str, progress.Worth]]:
+def planted(epochs: Sequence[float]) -> tuple[list[Moment], dict[str, progress.Worth]]:
     """The planted trigger's checkpoints (benchmarks/planted.py, answers that the model is made to read)."""
     world = tiny()
     relevant = torch.tensor(world.relevant)
     queries = [Query(messages(p), a) for p, a in zip(world.prompts, world.planted, strict=True)]
-    ways = [one for one in INDEX_WAYS if one.name in names]
-    moments = []
+    moments: list[Moment] = []
     with tempfile.TemporaryDirectory() as folder:
         for stage in train_tiny(world, Path(folder), epochs, 0):
             assert stage.epoch is not None
             with console.status(f"planted trigger, {stage.name}"):
-                scored = attribute(load(stage.spec), world.rows, queries, ways, world.heldout)
+                scored = attribute(load(stage.spec), world.rows, queries, _studied(len(moments)), world.heldout)
                 moments.append(_moment(stage.epoch, list(scored)))
 
     def worth(cut: str, scores: Scores) -> float:
@@ -236,11 +244,13 @@ def over_training(worlds: dict[str, tuple[list[Moment], dict[str, progress.Worth
     record: dict[str, Any] = {"curves": {}, "choices": {}}
     both: dict[tuple[str, str], list[float]] = {}
     points: list[tuple[float, float]] = []
+    settings = [one.name for one in STUDIED]
     for world, (moments, measures, last) in worlds.items():
-        console.print(progress.curve_table(f"Checkpoints, {world}", moments, STUDIED, measures))
+        shown = [*settings, RERANKED[-1].name]
+        console.print(progress.curve_table(f"Checkpoints, {world}", moments, shown, measures))
         main = list(measures)[: 2 if "LDS" in measures else 1]
         judged = {name: measures[name] for name in main}
-        found = [c for s in STUDIED for c in progress.choices(moments, s, judged, last, UNRELIABLE)]
+        found = [c for s in settings for c in progress.choices(moments, s, judged, last, UNRELIABLE)]
         console.print(progress.choice_table(f"Single checkpoints and sums up to the last trained one, {world}", found))
         best, near = progress.cheapest(found)
         console.print(f"best: {best.setting}, {best.name}; cheapest near it: {near.setting}, {near.name}\n")
@@ -258,7 +268,7 @@ def over_training(worlds: dict[str, tuple[list[Moment], dict[str, progress.Worth
         for choice in found:
             if not choice.name.startswith("epoch") or len(choice.at) > 1:
                 both.setdefault((choice.setting, choice.name), []).append(progress.overall(choice, found))
-        for setting in STUDIED:
+        for setting in settings:
             worth = [float(np.mean([m(moment.scores[setting]) for m in judged.values()])) for moment in moments]
             points += [(moment.ratio, one / max(worth)) for moment, one in zip(moments, worth, strict=True)]
     table = Table("setting", "checkpoints", "overall, both worlds", title="Sums, judged in both worlds")
@@ -285,9 +295,9 @@ def over_training(worlds: dict[str, tuple[list[Moment], dict[str, progress.Worth
 def plots(record: dict[str, Any]) -> None:
     """Worth over training progress, as charts."""
     for world, curve in record["curves"].items():
-        for measure in curve[0][STUDIED[0]]:
+        for measure in curve[0][STUDIED[0].name]:
             if measure in ("LDS", "MRR", "auPRC all"):
-                lines = {s: [(point["epoch"], point[s][measure]) for point in curve] for s in STUDIED}
+                lines = {s.name: [(point["epoch"], point[s.name][measure]) for point in curve] for s in STUDIED}
                 file = OUT / f"quality-{world.split()[0]}-{measure.split()[0].lower()}.svg"
                 line_chart(file, f"{measure} over training, {world}", "epochs", measure, lines)
 
@@ -323,6 +333,15 @@ def main() -> None:
     began = time.perf_counter()
     OUT.mkdir(exist_ok=True)
     laboratory = Laboratory(OUT, QUICK if arguments.quick else Recipe())
+    epochs = (2, 4, 6) if arguments.quick else EPOCHS
+    quality = Quality(laboratory, epochs)
+    found, seconds = quality.rankings(
+        (INDEX_WAYS[3], INDEX_WAYS[5], RERANKED[-1]) if arguments.quick else (*INDEX_WAYS, *RERANKED)
+    )
+    steps = quality.steps()
+    record: dict[str, Any] = {"rows": len(quality.rows), "query_seconds": seconds}
+    record["fidelity"] = quality.fidelity(SKETCHES[2:6:3] if arguments.quick else SKETCHES)
+    moments, (trigger, measures) = quality.moments(), planted((0.33, 1) if arguments.quick else PLANTED_EPOCHS)
     with console.status("retraining") as status:
         bank = fill(
             laboratory,
@@ -330,19 +349,12 @@ def main() -> None:
             2 if arguments.quick else arguments.seeds,
             lambda done, of: status.update(f"retraining, {done} of {of}"),
         )
-    epochs = (2, 4, 6) if arguments.quick else EPOCHS
-    quality = Quality(laboratory, bank, epochs)
-    ways = (INDEX_WAYS[3], INDEX_WAYS[5], RERANKED[-1]) if arguments.quick else (*INDEX_WAYS, *RERANKED)
-    shape = (len(quality.queries), len(quality.rows))
-    peers = read_peers(arguments.answers, shape) if arguments.answers else {}
-    record: dict[str, Any] = {"rows": shape[1], "subsets": len(bank.masks), "seeds": bank.losses.shape[1]}
-    record["answers"] = quality.answers(peers, ways)
-    record["fidelity"] = quality.fidelity(SKETCHES[2:6:3] if arguments.quick else SKETCHES)
-    last = epochs.index(laboratory.recipe.epochs)
-    trigger, measures = planted((0.33, 1) if arguments.quick else PLANTED_EPOCHS, STUDIED)
+    record |= {"subsets": len(bank.masks), "seeds": bank.losses.shape[1]}
+    peers = read_peers(arguments.answers, (len(quality.queries), len(quality.rows))) if arguments.answers else {}
+    record["answers"] = quality.answers(bank, found | peers, steps)
     record["training"] = over_training(
         {
-            "facts": (quality.moments(STUDIED), quality.measures, last),
+            "facts": (moments, quality.measures(bank), epochs.index(laboratory.recipe.epochs)),
             "planted trigger": (trigger, measures, len(trigger) - 1),
         }
     )
