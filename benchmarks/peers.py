@@ -99,7 +99,7 @@ PEERS = {
         ),
     ),
     "traker": Peer("peer_traker.py", ("traker==0.3.2",)),
-    "dattri": Peer("peer_dattri.py", ("dattri==0.3.0",)),
+    "dattri": Peer("peer_dattri.py", ("dattri==0.3.0",), ("scipy==1.17.1",)),
     "dattri-llm": Peer("peer_dattri_llm.py", ("dattri-llm==0.1.0",)),
 }
 

@@ -37,7 +37,7 @@ class Samples(Dataset):
 
 def loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     """The sum over rows of the mean over targets."""
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     wanted = batch["labels"][:, 1:]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
     return (losses.sum(1) / (wanted != IGNORED).sum(1)).sum()
@@ -60,11 +60,14 @@ def main() -> None:
     rows, queries = Samples(job.rows), Samples(job.queries)
     with job.collecting():
         found = attributor.attribute(rows, queries, hook_config=config, **more)
-    hashes, matrix = found.agnostic_matrix()  # by content: rows that are alike share one
-    place = {one: at for at, one in enumerate(hashes)}
-    column = {one: at for at, one in enumerate(found.test_ids)}
-    order = [place[hash_sample(rows[at])] for at in range(len(rows))]
-    asked = [column[hash_sample(queries[at])] for at in range(len(queries))]
+    ids, matrix = found.agnostic_matrix()
+    order, asked = (
+        [known[hash_sample({name: sample[name] for name in ("input_ids", "attention_mask")})] for sample in samples]
+        for known, samples in (
+            ({one: at for at, one in enumerate(ids)}, [rows[at] for at in range(len(rows))]),
+            ({one: at for at, one in enumerate(found.test_ids)}, [queries[at] for at in range(len(queries))]),
+        )
+    )
     job.finish(matrix[order][:, asked].T)
 
 
