@@ -52,8 +52,8 @@ from app.influence.retrieval import Query
 
 OUT = Path(__file__).resolve().parent / "out"
 QUICK = Recipe(people=10, others=10, pretrained=20, asked=12, width=64, layers=2, pretraining_steps=60, epochs=6)
-EPOCHS = (1, 3, 5, 7, 14)
-PLANTED_EPOCHS = (0.33, 1, 4, 8, 16, 24)
+EPOCHS = (1, 2, 3, 4, 5, 6, 7, 10, 14)
+PLANTED_EPOCHS = (0.33, 1, 2, 4, 6, 8, 12, 16, 24)
 EXACT = ProjectionSpec("kronecker", 512)
 """Wider than any side of the tiny models, so that each gradient is kept whole."""
 INDEX_WAYS = (
@@ -72,7 +72,7 @@ RERANKED = (
     way("rerank ekfac", "none", rerank="ekfac"),
 )
 STUDIED = (INDEX_WAYS[0], INDEX_WAYS[3], INDEX_WAYS[5])
-"""At every checkpoint; the last of RERANKED at every fourth."""
+"""At every checkpoint; the last of RERANKED at every third."""
 SKETCHES = (
     *(ProjectionSpec("kronecker", p) for p in (4, 8, 16, 32)),
     *(ProjectionSpec("global", k) for k in (1024, 4096, 16384)),
@@ -211,7 +211,7 @@ class Quality:
 
 
 def _studied(number: int) -> list[Way]:
-    return [*STUDIED, *([RERANKED[-1]] if number % 4 == 3 else [])]
+    return [*STUDIED, *([RERANKED[-1]] if number % 3 == 0 else [])]
 
 
 def _moment(epoch: float, scored: Sequence[Any]) -> Moment:
