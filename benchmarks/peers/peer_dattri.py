@@ -9,17 +9,16 @@ from dattri.algorithm.logra import LoGraAttributor
 from dattri.task import AttributionTask
 from exchange import IGNORED, padded, the_job
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 BATCH = 16
 
 
-def loss(model: Any, batch: tuple[torch.Tensor, ...], device: str) -> torch.Tensor:
+def loss(model: Any, batch: dict[str, torch.Tensor], device: str) -> torch.Tensor:
     """The sum over rows of the mean over targets."""
-    ids, labels, mask = batch
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-    wanted = labels[:, 1:]
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits[:, :-1]
+    wanted = batch["labels"][:, 1:]
     losses = nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none", ignore_index=IGNORED)
     return (losses.sum(1) / (wanted != IGNORED).sum(1)).sum()
 
@@ -32,7 +31,7 @@ def main() -> None:
     loaders = []
     for samples in (job.rows, job.queries):
         arrays = {name: torch.from_numpy(array) for name, array in padded(samples).items()}
-        data = TensorDataset(arrays["input_ids"], arrays["labels"], arrays["attention_mask"])
+        data: Any = [{name: array[at] for name, array in arrays.items()} for at in range(len(samples))]
         loaders.append(DataLoader(data, batch_size=BATCH, shuffle=False))
     task = AttributionTask(loss_func=loss, model=model, checkpoints=[model.state_dict()])
     settings: dict[str, Any] = {
