@@ -94,7 +94,7 @@ class Alarm:
 
 
 def alarms(points: Sequence[tuple[float, float]], thresholds: Sequence[float]) -> list[Alarm]:
-    """Of points (loss ratio, worth over the best checkpoint's)."""
+    """Of points (loss ratio, worth over the best checkpoint's), from the best checkpoint on."""
     lost = [ratio for ratio, worth in points if worth < LOST]
     sound = [ratio for ratio, worth in points if worth >= LOST]
     return [

@@ -270,7 +270,8 @@ def over_training(worlds: dict[str, tuple[list[Moment], dict[str, progress.Worth
                 both.setdefault((choice.setting, choice.name), []).append(progress.overall(choice, found))
         for setting in settings:
             worth = [float(np.mean([m(moment.scores[setting]) for m in judged.values()])) for moment in moments]
-            points += [(moment.ratio, one / max(worth)) for moment, one in zip(moments, worth, strict=True)]
+            best_at = int(np.argmax(worth))  # those before it are not over-fitted, but not yet trained
+            points += [(m.ratio, one / max(worth)) for m, one in list(zip(moments, worth, strict=True))[best_at:]]
     table = Table("setting", "checkpoints", "overall, both worlds", title="Sums, judged in both worlds")
     mean_of = {key: float(np.mean(values)) for key, values in both.items() if len(values) == len(worlds)}
     for (setting, name), value in sorted(mean_of.items(), key=lambda item: -item[1]):
