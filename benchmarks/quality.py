@@ -254,7 +254,11 @@ def over_training(worlds: dict[str, tuple[list[Moment], dict[str, progress.Worth
         console.print(progress.choice_table(f"Single checkpoints and sums up to the last trained one, {world}", found))
         best, near = progress.cheapest(found)
         console.print(f"best: {best.setting}, {best.name}; cheapest near it: {near.setting}, {near.name}\n")
+        some = [moment for moment in moments[: last + 1] if RERANKED[-1].name in moment.scores]
+        reranked = progress.choices(some, RERANKED[-1].name, judged, len(some) - 1, UNRELIABLE)
+        console.print(progress.choice_table(f"The same, reranked, {world}", reranked))
         record["choices"][world] = progress.as_record(found)
+        record["choices"][f"{world}, reranked"] = progress.as_record(reranked)
         record["curves"][world] = [
             {
                 "epoch": m.epoch,
