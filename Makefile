@@ -14,7 +14,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve migrate stack test test-ui docs lint format typecheck openapi openapi-check sdk audit check bench load faults ray lock clean
+.PHONY: help setup demo serve migrate stack test test-ui docs lint format typecheck openapi openapi-check sdk audit check bench bench-quick load faults ray lock clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  \033[1m%-14s\033[0m %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -92,15 +92,23 @@ audit: ## look the pinned versions up in the published advisories (needs a netwo
 
 check: lint typecheck openapi-check sdk docs test ## all that CI runs, but for the browser (test-ui)
 
-bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (an hour; docs/results.md has ours)
+bench: $(STAMP) ## run the benchmarks: print their tables, write benchmarks/out/*.json (two hours; docs/results.md has ours)
 	$(BIN)/headwater demo --exit > /dev/null  # brings the model that they measure
 	$(BIN)/python benchmarks/catalog.py --json benchmarks/out/catalog.json
 	$(BIN)/python benchmarks/speed.py --json benchmarks/out/speed.json
 	$(BIN)/python benchmarks/planted.py --json benchmarks/out/planted-tiny.json
 	$(BIN)/python benchmarks/planted.py --model smollm2 --json benchmarks/out/planted-smollm2.json
 	$(BIN)/python benchmarks/unlearn.py --json benchmarks/out/unlearn.json
+	$(BIN)/python benchmarks/valuation.py
 	$(BIN)/python benchmarks/search.py --json benchmarks/out/search.json
 	$(BIN)/python benchmarks/scale.py --json benchmarks/out/scale.json
+	$(BIN)/python benchmarks/peers.py answers --json benchmarks/out/answers.json
+	$(BIN)/python benchmarks/peers.py cost --http --json benchmarks/out/peers.json
+	$(BIN)/python benchmarks/quality.py --answers benchmarks/out/answers --json benchmarks/out/quality.json
+
+bench-quick: export OMP_NUM_THREADS = 1
+bench-quick: $(STAMP) ## the benchmark of answers on a smaller world (half a minute of one core); what CI runs of them
+	$(BIN)/python benchmarks/quality.py --quick
 
 load: $(STAMP) ## the service under load: what sharing passes gives, latencies, memory (two minutes; ARGS='--seconds 600')
 	$(BIN)/python benchmarks/load.py --json benchmarks/out/load.json $(ARGS)

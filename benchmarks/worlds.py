@@ -123,7 +123,13 @@ def tiny(rows: int = 400, share: float = 0.15, fresh: int = 24, seed: int = 0) -
 def tiny_model(world: World, folder: Path, seed: int = 0) -> Any:
     """A small Llama with random weights and a tokenizer of the world's words, and their files."""
     texts = [m.content for row in (*world.rows, *world.heldout) for m in row.messages]
-    words = sorted({word for text in (*texts, *world.prompts, *world.planted) for word in text.split()})
+    tokenizer = word_tokenizer([*texts, *world.prompts, *world.planted], folder)
+    return small_llama(tokenizer, width=96, layers=3, seed=seed)
+
+
+def word_tokenizer(texts: Sequence[str], folder: Path) -> PreTrainedTokenizerFast:
+    """A tokenizer of the words of all texts, written to a folder."""
+    words = sorted({word for text in texts for word in text.split()})
     names = ["<s>", "</s>", "<pad>", "<unk>", "user", "assistant", *words]
     vocabulary = {word: number for number, word in enumerate(dict.fromkeys(names))}
     tokenizer = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<unk>"))
@@ -133,17 +139,23 @@ def tiny_model(world: World, folder: Path, seed: int = 0) -> Any:
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(folder)
+    return fast
+
+
+def small_llama(tokenizer: PreTrainedTokenizerFast, width: int, layers: int, seed: int, spread: float = 0.02) -> Any:
+    """A Llama with random weights of that standard deviation, four heads a layer."""
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=96,
-        intermediate_size=192,
-        num_hidden_layers=3,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
         num_attention_heads=4,
-        max_position_embeddings=64,
-        bos_token_id=vocabulary["<s>"],
-        eos_token_id=vocabulary["</s>"],
-        pad_token_id=vocabulary["<pad>"],
+        max_position_embeddings=1024,
+        initializer_range=spread,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return LlamaForCausalLM(config)
 
