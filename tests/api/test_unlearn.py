@@ -279,7 +279,6 @@ BAD: dict[str, tuple[Asks, str]] = {
     "no adapter to dampen": (lambda ids: {**PLAIN, "method": "fisher"}, "method"),
     "no adapter to train again": (lambda ids: {**PLAIN, "method": "retrain"}, "method"),
     "a selection that no weight reaches": (lambda ids: {"method": "fisher"}, "parameters.selection"),
-    "no clean answers": (lambda ids: {"method": "relabel"}, "clean"),
     "a clean answer of a stranger": (lambda ids: {"forget": {"ids": ids[:1]}, "clean": {ids[1]: "No."}}, "clean"),
     "an empty clean answer": (lambda ids: {"forget": {"ids": ids[:1]}, "clean": {ids[0]: " "}}, "clean"),
     "a clean column that no row has": (lambda ids: {"clean": "better"}, "clean"),

@@ -38,9 +38,9 @@ def test_a_valuation_is_cancelled_between_blocks_and_goes_on(
     ready(api, tiny_model_dir)
     job_id = submit(api)
     folder = tmp_path / "artifacts" / job_id
-    until(lambda: blocks(folder), lambda done: done >= 1)
     problem(api.delete("/datasets/pool"), 409, "conflict", "dataset")
     problem(api.delete("/models/tiny"), 409, "conflict", "model")
+    until(lambda: blocks(folder), lambda done: done >= 1)
     must(api.post(f"/jobs/{job_id}/cancel"), 202)
     assert api.wait(job_id)["state"] == "cancelled"
     problem(api.get(f"/valuations/{job_id}/scores"), 409, "conflict", "valuation")

@@ -23,7 +23,7 @@ from app.influence.projection import ProjectionSpec
 from app.influence.retrieval import Options, Query, influence
 from app.influence.sharded import AUTH, Cluster, ShardedIndex
 from tests.api.conftest import quick
-from tests.api.harness import jsonl, must, rows, serving
+from tests.api.harness import jsonl, must, rows, serving, until
 from tests.influence.conftest import NODES, PATIENCE_S
 
 SPEC = IndexSpec(ProjectionSpec(size=8), shard_rows=10, token_budget=400)
@@ -166,7 +166,7 @@ def test_a_node_that_leaves_is_replaced(nodes: Any, local: Index, sharded: Shard
     nodes.remove_node(leaving, allow_graceful=False)
     try:
         assert sharded.top(asked, 5, "none", True) == expected
-        assert len([one for one in ray.nodes() if one["Alive"]]) == NODES - 1
+        until(lambda: len([one for one in ray.nodes() if one["Alive"]]), lambda alive: alive == NODES - 1)
     finally:
         nodes.add_node(num_cpus=1)
 
