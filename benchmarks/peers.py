@@ -131,7 +131,7 @@ ANSWERS = (
 COST = (
     Entry("Headwater", "headwater", "build"),
     Entry("bergson", "bergson", "build"),
-    Entry("RapidIn procedure", "RapidIn procedure", "rapidin"),
+    Entry("RapidIn procedure", "RapidIn procedure", "build"),
 )
 
 
