@@ -131,7 +131,7 @@ ANSWERS = (
 COST = (
     Entry("Headwater", "headwater", "build"),
     Entry("bergson", "bergson", "build"),
-    Entry("RapidIn procedure", "RapidIn procedure", "rapidin"),
+    Entry("RapidIn procedure", "RapidIn procedure", "build"),
 )
 
 
@@ -148,7 +148,7 @@ def environment(name: str) -> Path:
     peer = PEERS[name]
     if not peer.requirements:
         return Path(sys.executable)
-    folder = OUT / "venvs" / name
+    folder = ROOT / ".headwater" / "peers" / name
     python, stamp = folder / "bin" / "python", folder / "made-of.txt"
     wanted = "\n".join((*peer.requirements, *peer.beside))
     if stamp.is_file() and stamp.read_text(encoding="utf-8") == wanted:
