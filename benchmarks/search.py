@@ -49,7 +49,8 @@ def store(path: Path, blocks: Iterator[torch.Tensor], spec: IndexSpec) -> Index:
         records.append(_record(path, part))
         width = block.shape[1]
     only = {"name": "made", "weight": 1.0, "heldout_loss": None, "train_loss": 1.0}
-    publish(path, Manifest(asdict(spec), width, [only], {}, [], [], records, [], {}, [], {}))
+    module = {"name": "made", "d_out": 1, "d_in": width}
+    publish(path, Manifest(asdict(spec), width, [only], {}, [module], [], records, [], {}, [], {}))
     return open_index(path)
 
 
