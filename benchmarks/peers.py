@@ -250,11 +250,12 @@ def cost(arguments: argparse.Namespace) -> dict[str, Any]:
                 failures[entry.name] = str(error)
     http = Entry("Headwater over HTTP", "headwater", "http")
     if arguments.http:
+        found[http.name] = []
         folder = OUT / "cost" / "http"
         _texts(folder, arguments.model, rows, rows[: arguments.queries])
         write_job(folder, http, arguments.model, arguments.queries)
         try:
-            found[http.name] = [run(http, folder, arguments.threads)]
+            found[http.name].append(run(http, folder, arguments.threads))
         except Failed as error:
             failures[http.name] = str(error)
     title = f"{len(rows)} rows of {arguments.data.name}, {arguments.model.name}, p = 16, {arguments.threads} thread(s)"
