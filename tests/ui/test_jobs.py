@@ -80,7 +80,8 @@ def test_what_unlearning_refuses_is_told_in_the_dialog(look: Look) -> None:
     dialog.get_by_label("Name of the new model").fill("")
     dialog.get_by_text("Advanced").click()
     dialog.get_by_label("Method").select_option("relabel")
-    dialog.get_by_role("button", name="Preview").click()
+    dialog.get_by_role("button", name="Preview").click()  # which shows what answers are to be written for
+    dialog.get_by_role("button", name="Start").click()
     expect(dialog.get_by_label("What should it say instead?")).to_have_attribute("aria-invalid", "true")
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
