@@ -36,6 +36,7 @@ from app.influence.building import Progress, batches
 from app.influence.corpus import Encoder, Example, Row
 from app.influence.errors import FactorsCorrupt, FactorsMissing, RowError, SpecError, disk_full_is_named
 from app.influence.exact import Lens, formed
+from app.influence.files import is_whole
 from app.influence.gradients import hooked, target_logits
 from app.influence.index import open_index, write_file
 from app.influence.models import Checkpoint, LoadedModel
@@ -166,7 +167,7 @@ def open_factors(folder: Path) -> Factors:
         file = folder / FOLDER / name
         if not file.is_file() and read_record(folder) != record:  # a new fit took their place a moment ago
             return open_factors(folder)
-        if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+        if not is_whole(file, size, digest, verify=True):
             detail = f"EK-FAC factors {name} are not what was written (missing, or another checksum): fit them again"
             raise FactorsCorrupt(detail, file=name)
         try:
@@ -415,7 +416,7 @@ class _Run:
 
     def _has(self, files: Sequence[Sequence[Any]]) -> bool:
         """Whether the factors of finished checkpoints are whole."""
-        return all((self.folder / n).is_file() and _sha256(self.folder / n) == digest for n, _, digest in files)
+        return all(is_whole(self.folder / name, size, digest, verify=True) for name, size, digest in files)
 
 
 class _Collector:
@@ -486,8 +487,3 @@ class _Collector:
 def _gram(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """[d, d], the sum over batch and positions of the outer products of [batch, seq, d] each."""
     return left.flatten(0, 1).T @ right.flatten(0, 1)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
